@@ -1,0 +1,131 @@
+"""Training stream for the needle task: short documents, cut documents, and long compositions.
+
+Every batch is a pure function of (seed, step), so a resumed run continues with the same data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from typing import Any
+
+from ..chunking import PUBLISHED_CHUNK_PROBS, sample_chunks, split
+from ..config import ChunkConfig
+from ..lm.base import chat_affixes, render_chat
+from .example import Example, Query
+from .needle import NeedleGenerator, NeedleSample
+
+
+_SHORTEST, _HALF_BIN = 48, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedleStream:
+    """What the training stream holds; shares are probabilities per document.
+
+    ``max_tok`` bounds a whole training document.  It is reached from the shortest documents over
+    ``curriculum`` (share of the run); cutting and compositions begin after it.  A composition is
+    one chunk with the needle and chunks of filler alone, drawn from a pool of ``pool`` chunks that
+    the batch shares, each with a multiplicity, up to ``max_chunks`` chunks in all.
+    """
+
+    max_tok: int = 256
+    curriculum: float = 0.3
+    cut_share: float = 0.5
+    compose_share: float = 0.0
+    pool: int = 12
+    max_chunks: int = 8
+    prose_share: float = 0.0
+    word_share: float = 0.0
+
+
+class NeedleTraining:
+    """Build the examples of one step for one tokenizer (paper section 4.1, with compositions of
+    filler chunks added: spec section 9 cuts, this stream also repeats)."""
+
+    def __init__(self, tokenizer: Any, stream: NeedleStream, chunk: ChunkConfig, seed: int) -> None:
+        self.stream, self.chunk, self.seed = stream, chunk, seed
+        self._tokenizer = tokenizer
+        self._affixes = chat_affixes(tokenizer)
+        self._end = _end_of_turn(tokenizer)
+        self._generators = {
+            (filler, needle): NeedleGenerator(tokenizer, filler=filler, needle=needle)
+            for filler in ("repeat", "prose")
+            for needle in ("digits", "word")
+        }
+        self._prompts = {n: render_chat(tokenizer, self._generators["repeat", n].question) for n in ("digits", "word")}
+        self._frame = sum(map(len, self._affixes))
+
+    def batch(self, step: int, n_steps: int, n_docs: int) -> list[Example]:
+        """Return the ``n_docs`` examples of ``step``, in a fixed order."""
+        progress = step / max(1, n_steps)
+        grown = min(1.0, progress / self.stream.curriculum) if self.stream.curriculum else 1.0
+        pool = self._pool(random.Random(f"pool/{self.seed}/{step}")) if grown == 1.0 else []
+        return [
+            self._example(random.Random(f"train/{self.seed}/{step}/{i}"), grown, pool)
+            for i in range(n_docs)
+        ]
+
+    def _example(
+        self, rng: random.Random, grown: float, pool: list[tuple[int, ...]]
+    ) -> Example:
+        s = self.stream
+        mixed = grown == 1.0 or rng.random() < grown
+        filler = "prose" if mixed and rng.random() < s.prose_share else "repeat"
+        needle = "word" if mixed and rng.random() < s.word_share else "digits"
+        compose = bool(pool) and rng.random() < s.compose_share
+        longest = (self.chunk.max_tok if compose else s.max_tok) - self._frame
+        limit = _SHORTEST + grown * (longest - _SHORTEST)
+        middle = int(rng.uniform(_SHORTEST, max(_SHORTEST, limit - _HALF_BIN)))
+        bin_ = max(1, middle - _HALF_BIN), middle + _HALF_BIN
+        sample = self._generators[filler, needle].sample(rng, *bin_)
+        if compose:
+            chunks, weights = self._compose(rng, sample, pool)
+        else:
+            chunks, weights = self._cut(rng, sample, grown), None
+        query = Query(tuple(self._prompts[needle]), tuple(self._answer(sample.answer)))
+        return Example(tuple(map(tuple, chunks)), (query,), weights)
+
+    def _answer(self, answer: str) -> list[int]:
+        return [*self._tokenizer(answer, add_special_tokens=False).input_ids, self._end]
+
+    def _cut(self, rng: random.Random, sample: NeedleSample, grown: float) -> list[list[int]]:
+        prefix, suffix = self._affixes
+        ids = [*prefix, *sample.document_ids, *suffix]
+        one = grown < 1.0 or rng.random() >= self.stream.cut_share
+        probs = {1: 1.0} if one else {n: p for n, p in PUBLISHED_CHUNK_PROBS.items() if n > 1}
+        return split(ids, sample_chunks(len(ids), self.chunk, rng, probs), prefix, suffix)
+
+    def _compose(
+        self, rng: random.Random, sample: NeedleSample, pool: list[tuple[int, ...]]
+    ) -> tuple[list[list[int]], tuple[float, ...]]:
+        """Put the sample as one chunk among repeated filler chunks of the pool."""
+        prefix, suffix = self._affixes
+        total = math.exp(rng.uniform(0.0, math.log(self.stream.max_chunks)))
+        chosen = rng.sample(pool, min(len(pool), rng.randint(1, 4)))
+        share = [rng.random() + 0.05 for _ in chosen]
+        counts = [max(1.0, round(total * x / sum(share))) for x in share]
+        head, tail = rng.random() < 0.9, rng.random() < 0.9
+        own = [*(prefix if head else ()), *sample.document_ids, *(suffix if tail else ())]
+        return [own, *map(list, chosen)], (1.0, *counts)
+
+    def _pool(self, rng: random.Random) -> list[tuple[int, ...]]:
+        """Cut windows out of filler: documents whose needle has been taken out."""
+        prefix, suffix = self._affixes
+        pool = []
+        for _ in range(self.stream.pool if self.stream.compose_share else 0):
+            filler = "prose" if rng.random() < self.stream.prose_share else "repeat"
+            longest = self.chunk.max_tok - self._frame
+            ids = self._generators[filler, "digits"].filler_ids(rng, 2 * longest)
+            size = rng.randint(min(48, longest), longest)
+            start = rng.randint(0, len(ids) - size)
+            pool.append((*prefix, *ids[start : start + size], *suffix))
+        return pool
+
+
+def _end_of_turn(tokenizer: Any) -> int:
+    """Return the id that ends an answer."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token to end an answer with")
+    return int(tokenizer.eos_token_id)

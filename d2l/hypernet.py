@@ -1,0 +1,163 @@
+"""From chunk activations to LoRA factors: Perceiver, per-layer MLPs, heads (spec sections 2-3, 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from d2l_kernels import Segments
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .config import HypernetConfig
+from .lora import ChunkLora, LoraBatch, compose
+from .perceiver import Perceiver
+
+
+@dataclass(frozen=True)
+class TargetShapes:
+    """What the hypernetwork writes for: base layers and, per module, input and output width.
+
+    ``layers`` are the base's layer indices; widths are the largest over layers, a layer with
+    smaller linears uses the leading columns.  Modules are kept sorted by name.
+    """
+
+    layers: tuple[int, ...]
+    d_in: dict[str, int]
+    d_out: dict[str, int]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Module names in the order of the heads."""
+        return tuple(sorted(self.d_in))
+
+
+class LayerMLP(nn.Module):
+    """Residual ``x + LN2(silu(LN1(x) W1 + b1) W2 + b2)``; weights per LM layer or one pair.
+
+    The LayerNorms are shared by all layers in either case.
+    """
+
+    def __init__(self, n_layers: int, d: int, *, per_layer: bool) -> None:
+        super().__init__()
+        n = n_layers if per_layer else 1
+        self.norm_in, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.W1, self.b1 = nn.Parameter(torch.empty(n, d, 4 * d)), nn.Parameter(torch.empty(n, 4 * d))
+        self.W2, self.b2 = nn.Parameter(torch.empty(n, 4 * d, d)), nn.Parameter(torch.empty(n, d))
+        # einops' EinMix draws U(+-sqrt(3 / fan_in)) for weights, torch.nn.Linear U(+-sqrt(1 / fan_in))
+        gain = 3.0 if per_layer else 1.0
+        for weight, bias, fan_in in ((self.W1, self.b1, d), (self.W2, self.b2, 4 * d)):
+            nn.init.uniform_(weight, -math.sqrt(gain / fan_in), math.sqrt(gain / fan_in))
+            nn.init.uniform_(bias, -math.sqrt(1 / fan_in), math.sqrt(1 / fan_in))
+
+    def forward(
+        self, x: Float[Tensor, "chunk layer mod r d_latent"]
+    ) -> Float[Tensor, "chunk layer mod r d_latent"]:
+        """Apply each layer's own MLP to that layer's embeddings."""
+        rows = self.norm_in(x).transpose(0, 1).flatten(1, 3)
+        hidden = F.silu(rows @ self.W1 + self.b1[:, None])
+        out = (hidden @ self.W2 + self.b2[:, None]).unflatten(1, (x.shape[0], *x.shape[2:4]))
+        return x + self.norm_out(out.transpose(0, 1))
+
+
+class Hypernet(nn.Module):
+    """Map context activations to LoRA factors ``A`` and ``B`` of every chunk.
+
+    ``u = x / ||x||``, ``[A | B] = u W_head``, ``A *= scaler_A``, ``B *= scaler_B``.  At the start
+    ``scaler_B = bias_B = 0``, so delta W is exactly zero.  With ``config.chunk_gate`` B is also
+    multiplied by ``sigmoid(sqrt(d) w.u + b)``; this gate is not in the published system.
+
+    Raises ValueError for a target without layers or modules.
+    """
+
+    GATE_BIAS = 2.0
+
+    def __init__(self, config: HypernetConfig, targets: TargetShapes, d_model: int) -> None:
+        super().__init__()
+        if not targets.layers or not targets.modules:
+            raise ValueError(f"nothing to adapt: {targets}")
+        self.config, self.targets, self.d_model = config, targets, d_model
+        L, M, r = len(targets.layers), len(targets.modules), config.lora.rank
+        d = config.perceiver.d_latent
+        self.per_layer_features = config.encoder.kind == "per_layer_activations"
+        n_out = M * r if self.per_layer_features else L * M * r
+        self.perceiver = Perceiver(config.perceiver, d_model, n_out)
+        self.mlps = nn.ModuleList(
+            LayerMLP(L, d, per_layer=config.per_layer_processing)
+            for _ in range(config.n_pre_head_layers)
+        )
+        width = max(targets.d_in[m] + targets.d_out[m] for m in targets.modules)
+        self.head = nn.Parameter(torch.randn(L, M, d, width) * 0.5 / math.sqrt(d + width * r))
+        self.scaler_A = nn.ParameterDict({m: torch.ones(L, r, 1) for m in targets.modules})
+        self.scaler_B = nn.ParameterDict({m: torch.zeros(L, r, 1) for m in targets.modules})
+        self.bias_A, self.bias_B = nn.ParameterDict(), nn.ParameterDict()
+        for m in targets.modules if config.use_bias else ():
+            d_in, d_out = targets.d_in[m], targets.d_out[m]
+            self.bias_A[m] = nn.Parameter(torch.randn(L, r, d_in) * 0.2 / math.sqrt(d_in * r))
+            self.bias_B[m] = nn.Parameter(torch.zeros(L, r, d_out))
+        if config.chunk_gate:
+            self.gate_weight = nn.Parameter(torch.zeros(L, M, d))
+            self.gate_bias = nn.Parameter(torch.full((L, M), self.GATE_BIAS))
+
+    def assemble(
+        self, latents: Sequence[Float[Tensor, "chunk n_out d_latent"]]
+    ) -> Float[Tensor, "chunk layer mod r d_latent"]:
+        """Arrange the Perceiver's outputs, one per feature of the encoder, by layer, module and rank.
+
+        Raises ValueError when the encoder's features and the adapted layers do not match.
+        """
+        shape = (len(self.targets.modules), self.config.lora.rank)
+        if not self.per_layer_features:
+            (only,) = latents
+            return only.unflatten(1, (len(self.targets.layers), *shape))
+        if len(latents) <= max(self.targets.layers):
+            raise ValueError(
+                f"the encoder gave {len(latents)} layers' features, "
+                f"but layer {max(self.targets.layers)} of the base is adapted"
+            )
+        return torch.stack([latents[i] for i in self.targets.layers], 1).unflatten(2, shape)
+
+    def generate(self, embeddings: Float[Tensor, "chunk layer mod r d_latent"]) -> ChunkLora:
+        """Turn embeddings into LoRA factors of every chunk, without merging."""
+        x = embeddings
+        for mlp in self.mlps:
+            x = mlp(x)
+        u = F.normalize(x, dim=-1)
+        flat = torch.einsum("clmrd,lmdf->clmrf", u, self.head.to(u.dtype))
+        gate = None
+        if self.config.chunk_gate:
+            score = torch.einsum("clmrd,lmd->clmr", u.float(), self.gate_weight)
+            score = score * math.sqrt(u.shape[-1]) + self.gate_bias[None, :, :, None]
+            gate = torch.sigmoid(score)
+        A, B = {}, {}
+        for i, m in enumerate(self.targets.modules):
+            d_in, d_out = self.targets.d_in[m], self.targets.d_out[m]
+            own = flat[:, :, i].float() if flat.dtype != torch.float64 else flat[:, :, i]
+            A[m] = own[..., :d_in] * self.scaler_A[m]
+            B[m] = own[..., d_in : d_in + d_out] * self.scaler_B[m]
+            if gate is not None:
+                B[m] = B[m] * gate[:, :, i, :, None]
+        return ChunkLora(A, B)
+
+    def forward(
+        self, features: Sequence[Float[Tensor, "tok d_model"]], segments: Segments
+    ) -> ChunkLora:
+        """Compute A and B of every chunk from all of the encoder's features."""
+        return self.generate(self.assemble([self.perceiver(f, segments) for f in features]))
+
+    def compose(
+        self, chunks: ChunkLora, n_chunks: Iterable[int], weights: Tensor | None = None
+    ) -> LoraBatch:
+        """Join each document's chunks along the rank and append the bias once (spec section 4)."""
+        return compose(
+            chunks,
+            tuple(n_chunks),
+            layers=self.targets.layers,
+            multiplier=self.config.lora.multiplier,
+            bias=(dict(self.bias_A), dict(self.bias_B)) if self.config.use_bias else None,
+            weights=weights,
+            dropout=self.config.lora.dropout,
+        )

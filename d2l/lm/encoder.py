@@ -1,0 +1,123 @@
+"""Run a frozen decoder over chunks and hand out the activations that the Perceiver reads.
+
+The encoder is a view of a model: a truncated list of the same layers, each behind a tap, so it
+stops at the last layer that is needed and stores nothing that its consumer does not keep.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from d2l_kernels import Segments
+from torch import Tensor, nn
+
+from ..config import EncoderConfig
+from .hooks import applied, decoder_of
+
+Sink = Callable[[Tensor], None]
+
+
+class ContextEncoder:
+    """Per-layer activations, early exit or embeddings of a frozen decoder (spec section 1).
+
+    per_layer_activations: the input of each kept layer, then the final norm's output, so L features
+    for L layers.  early_exit: one feature, the final norm of the state after ``layer_idx`` layers.
+    embed_only: the input of layer 0; no layer runs.
+
+    ``layout`` "packed" needs flash attention or transformers' own packed masks, "padded" works
+    everywhere; both give the same features.  Raises ValueError for a layer that is not there.
+    """
+
+    def __init__(self, model: nn.Module, config: EncoderConfig) -> None:
+        self.model, self.config = model, config
+        decoder, name = decoder_of(model)
+        total = len(getattr(decoder, name))
+        if config.kind == "per_layer_activations":
+            n_run = total - 1 if config.last_layer is None else config.last_layer - 1
+        elif config.kind == "early_exit":
+            n_run = total if config.layer_idx is None else config.layer_idx
+        else:
+            n_run = 0
+        if not 0 <= n_run <= total:
+            raise ValueError(f"the encoder has {total} layers, {config} asks for {n_run}")
+        self.n_layers_run = n_run
+        self.d_model = model.get_input_embeddings().weight.shape[1]
+        self.layout = "packed" if "flash" in str(model.config._attn_implementation) else "padded"
+
+    def __call__(
+        self, chunks: Sequence[Tensor], sink: Sink, *, layout: str | None = None
+    ) -> Segments:
+        """Encode ``chunks`` (1-D token ids) and call ``sink(feature)`` once per feature, in order.
+
+        A feature has shape (tok, d_model), chunks one after another as the returned `Segments`
+        says.  The model runs without gradient; ``sink`` runs in the caller's gradient mode.
+
+        Raises ValueError for an empty list or an empty chunk.
+        """
+        segments = Segments.of(len(c) for c in chunks)
+        if not chunks or min(segments.lengths) == 0:
+            raise ValueError(f"every chunk needs at least one token, got lengths {segments.lengths}")
+        device = self.model.get_input_embeddings().weight.device
+        longest = max(segments.lengths)
+        packed = (layout or self.layout) == "packed"
+        if packed:
+            ids = torch.cat(list(chunks))[None].to(device)
+            positions = torch.cat([torch.arange(n) for n in segments.lengths])[None].to(device)
+            inputs = {"input_ids": ids, "position_ids": positions}
+            keep = None
+        else:
+            ids = nn.utils.rnn.pad_sequence(list(chunks), batch_first=True).to(device)
+            inputs, keep = {"input_ids": ids}, None
+            if segments.equal_length is None:
+                starts = range(0, len(chunks) * longest, longest)
+                keep = torch.cat(
+                    [torch.arange(s, s + n) for s, n in zip(starts, segments.lengths, strict=True)]
+                ).to(device)
+                lengths = torch.tensor(segments.lengths, device=device)
+                inputs["attention_mask"] = (torch.arange(longest, device=device) < lengths[:, None]).long()
+        grad = torch.is_grad_enabled()
+
+        def emit(hidden: Tensor) -> None:
+            flat = hidden.flatten(0, 1)
+            with torch.set_grad_enabled(grad):
+                sink(flat if keep is None else flat.index_select(0, keep))
+
+        with torch.no_grad(), applied(self.model, None):
+            self._run(inputs, emit)
+        return segments
+
+    def _run(self, inputs: dict[str, Tensor], emit: Sink) -> None:
+        decoder, name = decoder_of(self.model)
+        layers = getattr(decoder, name)[: self.n_layers_run]
+        if self.config.kind == "per_layer_activations":
+            taps = [_Tap(layer, emit) for layer in layers]
+        elif self.config.kind == "early_exit":
+            taps = list(layers)
+        else:
+            taps = [_Tap(None, emit)]
+        view = copy.copy(decoder)
+        view._modules = {**decoder._modules, name: nn.ModuleList(taps)}
+        out = view(**inputs, use_cache=False)
+        if self.config.kind != "embed_only":
+            emit(out.last_hidden_state)
+
+
+class _Tap(nn.Module):
+    """Show the hidden state that enters a layer, then run the layer (or pass the state on)."""
+
+    def __init__(self, layer: nn.Module | None, emit: Sink) -> None:
+        super().__init__()
+        self.__dict__["inner"], self.__dict__["emit"] = layer, emit
+
+    def __getattr__(self, name: str):
+        inner = self.__dict__.get("inner")
+        if inner is None:
+            raise AttributeError(name)
+        return getattr(inner, name)
+
+    def forward(self, hidden: Tensor, *args, **kwargs):
+        self.emit(hidden)
+        inner = self.__dict__["inner"]
+        return hidden if inner is None else inner(hidden, *args, **kwargs)

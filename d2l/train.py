@@ -1,0 +1,315 @@
+"""The training loop: one explicit loop on accelerate, resumable bit for bit.
+
+Data are a pure function of the step, the schedule too, so a checkpoint holds weights, optimiser
+state and the step, and is written atomically as one file.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm.auto import tqdm
+
+from .config import config_id
+from .data.example import Batch, Example
+from .lm.hooks import applied, decoder_of
+from .lora import ChunkLora, LoraBatch, route_rows
+from .losses import Averaging, average, lora_l1, shift
+from .model import DocToLoRA
+
+_NO_DECAY = ("scaler", "bias", "norm", "latents", "gate")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Optimiser, schedule and loss; the defaults are the published ones (spec section 8)."""
+
+    steps: int = 1000
+    docs_per_step: int = 32
+    docs_per_micro_batch: int = 32
+    lr: float = 4e-5
+    min_lr: float = 1e-7
+    warmup: int = 100
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    loss: Literal["ce", "kl"] = "ce"
+    averaging: Averaging = "per_ctx"
+    l1: float = 0.0
+    seed: int = 0
+    checkpoint_every: int = 100
+    log_every: int = 10
+    eval_every: int = 0
+
+
+class Objective(nn.Module):
+    """Loss of a batch.  Only the hypernetwork is a submodule: base and encoder stay outside."""
+
+    def __init__(self, model: DocToLoRA, config: TrainConfig) -> None:
+        super().__init__()
+        self.hypernet = model.hypernet
+        self.__dict__["model"], self.config = model, config
+
+    def forward(self, batch: Batch, n_docs: int, n_labels: int) -> dict[str, Tensor]:
+        """Return ``total``, ``loss``, ``l1`` (divided by the window's counts) and ``hits``.
+
+        ``n_docs`` and ``n_labels`` count the whole accumulation window over all processes.
+        ``hits`` counts the queries whose every answer token is the argmax under teacher forcing.
+        """
+        model: DocToLoRA = self.__dict__["model"]
+        loras = self.adapters(batch)
+        lm = model.base.model
+        ids, mask, labels = pad_queries(batch, model.base.tokenizer.pad_token_id or 0)
+        ids, mask, labels = (t.to(model.base.device) for t in (ids, mask, labels))
+        doc_of_row = [d for d, n in enumerate(batch.queries_per_doc) for _ in range(n)]
+        with applied(lm, route_rows(loras, doc_of_row, training=self.training)):
+            decoder, _ = decoder_of(lm)
+            hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        at, target = shift(labels)
+        rows = hidden.flatten(0, 1)[at]
+        head = lm.get_output_embeddings().weight
+        softcap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+        per_token, hit = self._per_token(rows, head, target, batch, softcap)
+        counts = [len(q.answer) for q in batch.queries]
+        denominator = n_docs if self.config.averaging == "per_ctx" else n_labels
+        loss = average(per_token, counts, batch.queries_per_doc, self.config.averaging, denominator)
+        l1 = lora_l1(loras) / n_docs
+        hits = torch.stack([h.all() for h in hit.split(counts)]).sum()
+        return {"total": loss + self.config.l1 * l1, "loss": loss, "l1": l1, "hits": hits}
+
+    def adapters(self, batch: Batch) -> LoraBatch:
+        """Encode the distinct chunks once and compose every document's adapter."""
+        model: DocToLoRA = self.__dict__["model"]
+        distinct: ChunkLora = model.encode(batch.distinct)
+        device = model.base.device
+        factors = distinct.take(torch.tensor(batch.chunk_of, device=device))
+        weights = torch.tensor(batch.weights, device=device)
+        loras = model.hypernet.compose(factors, batch.n_chunks, weights)
+        return loras.map(lambda t: t.to(model.base.model.dtype))
+
+    def _per_token(
+        self, rows: Tensor, head: Tensor, target: Tensor, batch: Batch, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        logits = rows @ head.mT
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        hit = logits.argmax(-1) == target
+        if self.config.loss == "ce":
+            return nn.functional.cross_entropy(logits, target, reduction="none"), hit
+        teacher = [(lp, ix) for q in batch.queries for lp, ix in _teacher_rows(q)]
+        p = torch.tensor([lp for lp, _ in teacher], device=rows.device).to(logits).exp()
+        index = torch.tensor([ix for _, ix in teacher], device=rows.device)
+        return p.sum(-1) * logits.logsumexp(-1) - (p * logits.gather(1, index)).sum(-1), hit
+
+
+def pad_queries(batch: Batch, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-pad prompt + answer of every query; labels are -100 outside the answer."""
+    rows = [(*q.prompt, *q.answer) for q in batch.queries]
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for i, (row, q) in enumerate(zip(rows, batch.queries, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+        labels[i, len(q.prompt) : len(row)] = torch.tensor(q.answer)
+    return ids, mask, labels
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Warm up linearly, then follow a cosine from ``lr`` down to ``min_lr``."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.min_lr + (config.lr - config.min_lr) * cosine
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Split parameters: norms, biases, scalers, latents and gates are not decayed."""
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    kept = [p for n, p in named if any(part in n for part in _NO_DECAY) or n.endswith((".b1", ".b2"))]
+    chosen = set(map(id, kept))
+    decayed = [p for _, p in named if id(p) not in chosen]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+
+
+def train(
+    model: DocToLoRA,
+    examples: Callable[[int], Sequence[Example]],
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+    accelerator: Accelerator | None = None,
+) -> None:
+    """Train ``model.hypernet`` in place; ``examples(step)`` gives the global batch of a step.
+
+    Resumes from ``run_dir/checkpoint.pt`` when it is there.  Writes ``curve.csv`` and TensorBoard
+    files beside it.  The result does not depend on interruptions, nor (up to summation order) on
+    the number of processes.
+
+    Raises ValueError when the checkpoint belongs to another configuration or the batch does not
+    divide by the number of processes; FloatingPointError when a loss is not finite.
+    """
+    accelerator = accelerator or Accelerator(cpu=model.base.device.type == "cpu")
+    n_proc, rank = accelerator.num_processes, accelerator.process_index
+    if config.docs_per_step % n_proc:
+        raise ValueError(
+            f"docs_per_step {config.docs_per_step} must be a multiple of the {n_proc} processes"
+        )
+    objective = Objective(model, config)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(objective, config.weight_decay), lr=config.lr, betas=config.betas
+    )
+    identity = config_id(config) + config_id(model.config)
+    start = _resume(run_dir, identity, objective, optimizer)
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    log = _Log(run_dir, start, config, enabled=accelerator.is_main_process)
+    wrapped.train()
+    for step in range(start, config.steps):
+        window = list(examples(step))
+        local = window[rank * len(window) // n_proc : (rank + 1) * len(window) // n_proc]
+        n_labels = sum(len(q.answer) for e in window for q in e.queries)
+        size = config.docs_per_micro_batch
+        micros = [local[i : i + size] for i in range(0, len(local), size)]
+        sums = torch.zeros(4, dtype=torch.float64)
+        for i, micro in enumerate(micros):
+            ready = i == len(micros) - 1
+            with accelerator.no_sync(wrapped) if not ready else _nothing():
+                out = wrapped(Batch.of(micro), len(window), n_labels)
+                accelerator.backward(out["total"] * n_proc)
+            sums += torch.stack([out[k].detach().double().cpu() for k in ("total", "loss", "l1", "hits")])
+        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+        if not sums.isfinite().all():
+            raise FloatingPointError(f"step {step}: the loss is {sums[0].item()}; lower the learning rate")
+        norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        n_queries = sum(len(e.queries) for e in window)
+        row = {
+            "loss": sums[1].item(),
+            "l1": sums[2].item(),
+            "train_exact": sums[3].item() / n_queries,
+            "grad_norm": float(norm),
+            "lr": learning_rate(step, config),
+        }
+        done = step + 1
+        if evaluate and config.eval_every and (done % config.eval_every == 0 or done == config.steps):
+            if accelerator.is_main_process:
+                wrapped.eval()
+                row |= evaluate(done)
+                wrapped.train()
+            accelerator.wait_for_everyone()
+        log.step(done, row)
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            if accelerator.is_main_process:
+                _save(run_dir, identity, done, objective, optimizer)
+            accelerator.wait_for_everyone()
+    log.close()
+
+
+def _save(run_dir: Path, identity: str, step: int, objective: Objective, optimizer) -> None:
+    state = {
+        "identity": identity,
+        "step": step,
+        "hypernet": objective.hypernet.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    part = run_dir / "checkpoint.pt.part"
+    torch.save(state, part)
+    os.replace(part, run_dir / "checkpoint.pt")
+
+
+def _resume(run_dir: Path, identity: str, objective: Objective, optimizer) -> int:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "checkpoint.pt"
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["identity"] != identity:
+        raise ValueError(
+            f"{path} was written by another configuration ({state['identity']}, this run is "
+            f"{identity}): choose another folder or delete it"
+        )
+    objective.hypernet.load_state_dict(state["hypernet"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+class _Log:
+    """Progress bar, ``curve.csv`` and TensorBoard; rows after the resumed step are dropped."""
+
+    def __init__(self, run_dir: Path, start: int, config: TrainConfig, *, enabled: bool) -> None:
+        self.path, self.every, self.enabled = run_dir / "curve.csv", config.log_every, enabled
+        self.rows: list[dict[str, float]] = []
+        self.recent: list[dict[str, float]] = []
+        self.began = time.monotonic()
+        if not enabled:
+            return
+        if self.path.exists() and start:
+            with self.path.open() as f:
+                old = [{k: float(v) for k, v in r.items() if v} for r in csv.DictReader(f)]
+            self.rows = [r for r in old if r["step"] <= start]
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start)
+        self.bar = tqdm(total=config.steps, initial=start, desc="train", dynamic_ncols=True)
+
+    def step(self, done: int, row: dict[str, float]) -> None:
+        """Take one step's numbers; write the mean of the last ``log_every`` steps."""
+        if not self.enabled:
+            return
+        self.recent.append(row)
+        self.bar.update(1)
+        evaluated = any(k not in self.recent[0] for k in row)
+        if done % self.every and not evaluated and done != self.bar.total:
+            return
+        mean = {k: sum(r[k] for r in self.recent) / len(self.recent) for k in self.recent[0]}
+        mean = {"step": done, **(mean | {k: v for k, v in row.items() if k not in self.recent[0]})}
+        self.recent = []
+        self.rows.append(mean)
+        self.bar.set_postfix({k: f"{mean[k]:.3g}" for k in ("loss", "train_exact")})
+        for key, value in mean.items():
+            self.board.add_scalar(key, value, done)
+        columns = list(dict.fromkeys(k for r in self.rows for k in r))
+        part = self.path.with_suffix(".csv.part")
+        with part.open("w", newline="") as f:
+            writer = csv.DictWriter(f, columns)
+            writer.writeheader()
+            writer.writerows(
+                {k: f"{v:.6g}" for k, v in r.items()} for r in self.rows
+            )
+        os.replace(part, self.path)
+
+    def close(self) -> None:
+        """Close bar and board."""
+        if self.enabled:
+            self.bar.close()
+            self.board.close()
+
+
+def _teacher_rows(query):
+    if query.teacher_logprob is None or query.teacher_idx is None:
+        raise ValueError("loss 'kl' needs the teacher's top-k for every query; none was given")
+    return zip(query.teacher_logprob, query.teacher_idx, strict=True)
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
