@@ -94,5 +94,5 @@ _setup:
         "$chosen" -m venv $([[ -f {{ quote(venv / "pyvenv.cfg") }} ]] && echo --clear) {{ quote(venv) }}
     fi
     echo "Installing the pinned packages into {{ venv }} (once; torch is a large download)"
-    {{ python }} -m pip install --disable-pip-version-check -c constraints.txt -e kernels -e '.[dev,lab]'
+    {{ python }} -m pip install -c constraints.txt -e ./kernels -e '.[dev,lab]'
     echo {{ fingerprint }} > "$stamp"

@@ -27,7 +27,7 @@ _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": opera
 
 
 @dataclasses.dataclass(frozen=True)
-class Test:
+class Criterion:
     """How a claim is tested: `measure(table, **args) op threshold`, or why it is not."""
 
     measure: str = ""
@@ -51,7 +51,7 @@ class Claim:
     statement: str
     source: str
     paper_value: str
-    tests: dict[str, Test]
+    tests: dict[str, Criterion]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,14 +158,14 @@ def _judge_one(
     )
 
 
-def _measure(table: pd.DataFrame, test: Test, context: Mapping[str, Any]) -> Measurement:
+def _measure(table: pd.DataFrame, test: Criterion, context: Mapping[str, Any]) -> Measurement:
     found = MEASURES[test.measure](table, context, **test.args)
     if not math.isfinite(found.value):
         raise NotTestable(f"{test.measure} is {found.value}")
     return found
 
 
-def _over_seeds(table: pd.DataFrame, test: Test, context: Mapping[str, Any]) -> str:
+def _over_seeds(table: pd.DataFrame, test: Criterion, context: Mapping[str, Any]) -> str:
     seeds = sorted(table["seed"].unique())
     if len(seeds) < 2:
         return ""
@@ -183,7 +183,7 @@ def _claim(entry: Mapping[str, Any]) -> Claim:
     missing = [key for key in texts if not entry.get(key)]
     if missing:
         raise ValueError(f"{name} lacks {', '.join(missing)}")
-    tests: dict[str, Test] = {}
+    tests: dict[str, Criterion] = {}
     for data in entry.get("test", []):
         _check_keys(data, ("scales", "measure", "args", "op", "threshold", "not_testable"), name)
         test = _test(data, name)
@@ -198,8 +198,8 @@ def _claim(entry: Mapping[str, Any]) -> Claim:
     return Claim(**{key: entry[key] for key in texts}, tests=tests)
 
 
-def _test(data: Mapping[str, Any], name: str) -> Test:
-    test = Test(**{key: value for key, value in data.items() if key != "scales"})
+def _test(data: Mapping[str, Any], name: str) -> Criterion:
+    test = Criterion(**{key: value for key, value in data.items() if key != "scales"})
     if test.not_testable:
         if test.measure or test.op:
             raise ValueError(f"{name} gives both a measure and a reason not to test")

@@ -75,7 +75,8 @@ class LoraConfig:
 @dataclasses.dataclass(frozen=True)
 class HypernetConfig:
     """The trainable part.  ``chunk_gate`` is ours: a learned factor in (0, 1) per chunk,
-    layer, module and rank, so that a chunk with nothing to say can stay silent."""
+    layer, module and rank, so that a chunk with nothing to say can stay silent.  ``mlp_dropout``
+    acts in training, before both matrices of the pre-head MLPs."""
 
     encoder: EncoderConfig = EncoderConfig()
     perceiver: PerceiverConfig = PerceiverConfig()
@@ -84,6 +85,7 @@ class HypernetConfig:
     per_layer_processing: bool = True
     use_bias: bool = True
     chunk_gate: bool = False
+    mlp_dropout: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

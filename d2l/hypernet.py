@@ -41,9 +41,10 @@ class LayerMLP(nn.Module):
     The LayerNorms are shared by all layers in either case.
     """
 
-    def __init__(self, n_layers: int, d: int, *, per_layer: bool) -> None:
+    def __init__(self, n_layers: int, d: int, *, per_layer: bool, dropout: float = 0.0) -> None:
         super().__init__()
         n = n_layers if per_layer else 1
+        self.dropout = nn.Dropout(dropout)
         self.norm_in, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         self.W1, self.b1 = nn.Parameter(torch.empty(n, d, 4 * d)), nn.Parameter(torch.empty(n, 4 * d))
         self.W2, self.b2 = nn.Parameter(torch.empty(n, 4 * d, d)), nn.Parameter(torch.empty(n, d))
@@ -57,8 +58,8 @@ class LayerMLP(nn.Module):
         self, x: Float[Tensor, "chunk layer mod r d_latent"]
     ) -> Float[Tensor, "chunk layer mod r d_latent"]:
         """Apply each layer's own MLP to that layer's embeddings."""
-        rows = self.norm_in(x).transpose(0, 1).flatten(1, 3)
-        hidden = F.silu(rows @ self.W1 + self.b1[:, None])
+        rows = self.dropout(self.norm_in(x)).transpose(0, 1).flatten(1, 3)
+        hidden = self.dropout(F.silu(rows @ self.W1 + self.b1[:, None]))
         out = (hidden @ self.W2 + self.b2[:, None]).unflatten(1, (x.shape[0], *x.shape[2:4]))
         return x + self.norm_out(out.transpose(0, 1))
 
@@ -86,7 +87,9 @@ class Hypernet(nn.Module):
         n_out = M * r if self.per_layer_features else L * M * r
         self.perceiver = Perceiver(config.perceiver, d_model, n_out)
         self.mlps = nn.ModuleList(
-            LayerMLP(L, d, per_layer=config.per_layer_processing)
+            LayerMLP(
+                L, d, per_layer=config.per_layer_processing, dropout=config.mlp_dropout
+            )
             for _ in range(config.n_pre_head_layers)
         )
         width = max(targets.d_in[m] + targets.d_out[m] for m in targets.modules)

@@ -34,17 +34,22 @@ class ChunkLora:
         return next(iter(self.A.values())).shape[0]
 
     @staticmethod
-    def cat(parts: Sequence[ChunkLora]) -> ChunkLora:
-        """Join along the chunk axis."""
-        return ChunkLora(
-            {m: torch.cat([p.A[m] for p in parts]) for m in parts[0].A},
-            {m: torch.cat([p.B[m] for p in parts]) for m in parts[0].B},
-        )
+    def pick(parts: Sequence[ChunkLora], where: Sequence[tuple[int, int]]) -> ChunkLora:
+        """Join chunks of several parts: chunk k of part g for every ``(g, k)``, in one copy."""
+
+        def gather(factors: Sequence[Factors]) -> Factors:
+            return {m: torch.cat([factors[g][m][k : k + 1] for g, k in where]) for m in factors[0]}
+
+        return ChunkLora(gather([p.A for p in parts]), gather([p.B for p in parts]))
 
     def take(self, index: Tensor) -> ChunkLora:
         """Select chunks by position."""
+        return self.map(lambda t: t[index])
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> ChunkLora:
+        """Apply ``fn`` to every factor."""
         return ChunkLora(
-            {m: t[index] for m, t in self.A.items()}, {m: t[index] for m, t in self.B.items()}
+            {m: fn(t) for m, t in self.A.items()}, {m: fn(t) for m, t in self.B.items()}
         )
 
 
@@ -152,11 +157,12 @@ def compose(
         out = {}
         for m, t in factors.items():
             t = t if w is None else t * w.to(t)[:, None, None, None]
-            rows = t.transpose(0, 1).flatten(1, 2)
+            by_layer = t.transpose(0, 1)
             if extra is not None:
-                pieces = rows.split([n * t.shape[2] for n in n_chunks], 1)
-                rows = torch.cat([p for piece in pieces for p in (piece, extra[m].to(t))], 1)
-            out[m] = rows
+                tail = extra[m].to(t)[:, None]
+                pieces = by_layer.split(list(n_chunks), 1)
+                by_layer = torch.cat([p for piece in pieces for p in (piece, tail)], 1)
+            out[m] = by_layer.flatten(1, 2)
         return out
 
     r = next(iter(chunks.A.values())).shape[2]

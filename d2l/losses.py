@@ -9,25 +9,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from d2l_kernels import topk_distill
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .lora import LoraBatch
 
 Averaging = Literal["per_ctx", "per_token"]
-
-
-def cross_entropy(
-    hidden: Float[Tensor, "label d_model"],
-    head: Float[Tensor, "vocab d_model"],
-    labels: Int[Tensor, " label"],
-    softcap: float | None = None,
-) -> Float[Tensor, " label"]:
-    """Compute next-token loss per labelled row, in at least float32."""
-    return topk_distill(
-        hidden, head, torch.zeros_like(labels, dtype=hidden.dtype)[:, None], labels[:, None], softcap
-    )
 
 
 def average(

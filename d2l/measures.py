@@ -21,7 +21,7 @@ NEAR = 2**0.25
 """An evaluated length stands for a wanted one within this factor."""
 
 
-class NotTestable(Exception):  # noqa: N818 - an answer, not an error
+class NotTestable(Exception):
     """The table cannot answer; the message says why."""
 
 
@@ -153,14 +153,16 @@ def windows_until_fall(
 
 @measure
 def memory_exponent(
-    table: pd.DataFrame, context: Mapping[str, Any], *, series: str
+    table: pd.DataFrame, context: Mapping[str, Any], *, series: str, from_windows: float = 0.0
 ) -> Measurement:
     """Exponent p of memory ~ length^p over the measured lengths: 0 is constant, 1 is linear.
 
-    Least squares in log-log; needs a factor of four in length.  The adapter is not counted.
+    Least squares in log-log from `from_windows` windows on (a short document weighs less than the
+    question), over a factor of four in length.  The adapter is not counted.
     """
     curve = pool_seeds(table, series).dropna(subset=["gen_memory_mib"])
-    curve = curve[curve["gen_memory_mib"] > 0]
+    long_enough = curve["haystack_tok"] >= from_windows * context["window"]
+    curve = curve[long_enough & (curve["gen_memory_mib"] > 0)]
     if len(curve) < 3 or curve["haystack_tok"].max() < 4 * curve["haystack_tok"].min():
         raise NotTestable(f"too few lengths with a measured memory of {series}")
     slope = np.polyfit(np.log(curve["haystack_tok"]), np.log(curve["gen_memory_mib"]), 1)[0]

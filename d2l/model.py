@@ -82,17 +82,13 @@ class DocToLoRA:
         prefix, suffix = chat_affixes(self.reader.tokenizer)
         return split(ids, fewest_chunks(len(ids), self.chunk), prefix, suffix)
 
-    def encode(self, chunks: Sequence[Sequence[int]]) -> ChunkLora:
-        """Compute the factors of every chunk; equal chunks are encoded once."""
-        distinct, where = unique(chunks)
+    def encode(self, chunks: Sequence[Sequence[int]], *, dedupe: bool = True) -> ChunkLora:
+        """Compute the factors of every chunk; equal chunks are encoded once unless told not to."""
+        distinct, where = unique(chunks) if dedupe else (chunks, list(range(len(chunks))))
         groups = group_by_length([len(c) for c in distinct], self.tok_budget)
         parts = [self._encode_group([distinct[i] for i in group]) for group in groups]
-        order = {i: at for at, i in enumerate(i for group in groups for i in group)}
-        index = [order[w] for w in where]
-        joined = parts[0] if len(parts) == 1 else ChunkLora.cat(parts)
-        if index == list(range(joined.n_chunks)):
-            return joined
-        return joined.take(torch.tensor(index, device=self.base.device))
+        at = {i: (g, k) for g, group in enumerate(groups) for k, i in enumerate(group)}
+        return ChunkLora.pick(parts, [at[i] for i in where])
 
     def _encode_group(self, chunks: Sequence[Sequence[int]]) -> ChunkLora:
         tensors = [torch.tensor(c) for c in chunks]
@@ -102,20 +98,57 @@ class DocToLoRA:
         half = dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.base.device.type, dtype if half else torch.bfloat16, enabled=half):
             self.encoder(tensors, lambda f: read.append(self.hypernet.perceiver(f, segments)))
-            return self.hypernet.generate(self.hypernet.assemble(read))
+            factors = self.hypernet.generate(self.hypernet.assemble(read))
+        if torch.is_grad_enabled():
+            return factors
+        return factors.map(lambda t: t.to(self.base.model.dtype))
 
     @torch.no_grad()
-    def internalize(self, documents: str | Iterable[str]) -> LoraBatch:
+    def internalize(self, documents: str | Iterable[str], *, dedupe: bool = True) -> LoraBatch:
         """Read each document once and return its adapter, several side by side.
 
         Raises ValueError as `chunks` does, before anything is encoded.
         """
         texts = [documents] if isinstance(documents, str) else list(documents)
         cut = [self.chunks(text) for text in texts]
-        factors = self.encode([chunk for doc in cut for chunk in doc])
+        factors = self.encode([chunk for doc in cut for chunk in doc], dedupe=dedupe)
         return self.hypernet.compose(factors, [len(doc) for doc in cut])
 
     @torch.no_grad()
+    def answer(
+        self,
+        prompts: Sequence[str],
+        loras: LoraBatch | None = None,
+        doc_of_prompt: Sequence[int] | None = None,
+        **options,
+    ) -> tuple[list[str], int]:
+        """Answer chat prompts greedily, prompt i with the adapter of document ``doc_of_prompt[i]``.
+
+        By default prompt i asks document i; -1 asks the base.  ``options`` go to HF ``generate``.
+        Returns the answers and the bytes of the KV cache that generation ended with.
+
+        Raises ValueError for a document that is not among ``loras``.
+        """
+        if not prompts:
+            return [], 0
+        tokenizer, device = self.base.tokenizer, self.base.device
+        rows = [render_chat(tokenizer, p) for p in prompts]
+        width = max(map(len, rows))
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+        delta = None
+        if loras is not None:
+            docs = range(len(prompts)) if doc_of_prompt is None else doc_of_prompt
+            delta = route_rows(loras, list(docs))
+        options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": pad} | options
+        with applied(self.base.model, delta):
+            out = self.base.model.generate(
+                input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **options
+            )
+        texts = tokenizer.batch_decode(out.sequences[:, width:], skip_special_tokens=True)
+        return texts, cache_bytes(out.past_key_values)
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -123,24 +156,11 @@ class DocToLoRA:
         doc_of_prompt: Sequence[int] | None = None,
         **options,
     ) -> list[str]:
-        """Answer chat prompts greedily, prompt i with the adapter of document ``doc_of_prompt[i]``.
+        """Answer chat prompts; as `answer`, without the measurement."""
+        return self.answer(prompts, loras, doc_of_prompt, **options)[0]
 
-        By default prompt i asks document i; -1 asks the base.  ``options`` go to HF ``generate``.
-        """
-        if not prompts:
-            return []
-        tokenizer = self.base.tokenizer
-        rows = [render_chat(tokenizer, p) for p in prompts]
-        width = max(map(len, rows))
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=self.base.device)
-        mask = torch.tensor(
-            [[0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.base.device
-        )
-        delta = None
-        if loras is not None:
-            delta = route_rows(loras, list(range(len(prompts)) if doc_of_prompt is None else doc_of_prompt))
-        options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": pad} | options
-        with applied(self.base.model, delta):
-            out = self.base.model.generate(input_ids=ids, attention_mask=mask, **options)
-        return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+
+def cache_bytes(cache: object) -> int:
+    """Return the bytes of all tensors that an HF KV cache holds."""
+    layers = getattr(cache, "layers", [])
+    return sum(t.nbytes for layer in layers for t in vars(layer).values() if isinstance(t, Tensor))

@@ -12,11 +12,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from d2l_kernels import topk_distill
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
@@ -80,12 +82,12 @@ class Objective(nn.Module):
         rows = hidden.flatten(0, 1)[at]
         head = lm.get_output_embeddings().weight
         softcap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
-        per_token, hit = self._per_token(rows, head, target, batch, softcap)
+        per_token, best = topk_distill(rows, head, *self._targets(batch, target), softcap)
         counts = [len(q.answer) for q in batch.queries]
         denominator = n_docs if self.config.averaging == "per_ctx" else n_labels
         loss = average(per_token, counts, batch.queries_per_doc, self.config.averaging, denominator)
         l1 = lora_l1(loras) / n_docs
-        hits = torch.stack([h.all() for h in hit.split(counts)]).sum()
+        hits = torch.stack([ok.all() for ok in (best == target).split(counts)]).sum()
         return {"total": loss + self.config.l1 * l1, "loss": loss, "l1": l1, "hits": hits}
 
     def adapters(self, batch: Batch) -> LoraBatch:
@@ -98,20 +100,15 @@ class Objective(nn.Module):
         loras = model.hypernet.compose(factors, batch.n_chunks, weights)
         return loras.map(lambda t: t.to(model.base.model.dtype))
 
-    def _per_token(
-        self, rows: Tensor, head: Tensor, target: Tensor, batch: Batch, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        logits = rows @ head.mT
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        hit = logits.argmax(-1) == target
+    def _targets(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and ids of what each labelled row should predict."""
         if self.config.loss == "ce":
-            return nn.functional.cross_entropy(logits, target, reduction="none"), hit
-        teacher = [(lp, ix) for q in batch.queries for lp, ix in _teacher_rows(q)]
-        p = torch.tensor([lp for lp, _ in teacher], device=rows.device).to(logits).exp()
-        index = torch.tensor([ix for _, ix in teacher], device=rows.device)
-        return p.sum(-1) * logits.logsumexp(-1) - (p * logits.gather(1, index)).sum(-1), hit
+            return torch.zeros_like(target, dtype=torch.float32)[:, None], target[:, None]
+        if any(q.teacher_logprob is None or q.teacher_idx is None for q in batch.queries):
+            raise ValueError("loss 'kl' needs the teacher's top-k for every query; one has none")
+        logprob = [row for q in batch.queries for row in q.teacher_logprob or ()]
+        index = [row for q in batch.queries for row in q.teacher_idx or ()]
+        return torch.tensor(logprob, device=target.device), torch.tensor(index, device=target.device)
 
 
 def pad_queries(batch: Batch, pad: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +188,7 @@ def train(
         sums = torch.zeros(4, dtype=torch.float64)
         for i, micro in enumerate(micros):
             ready = i == len(micros) - 1
-            with accelerator.no_sync(wrapped) if not ready else _nothing():
+            with accelerator.no_sync(wrapped) if not ready else nullcontext():
                 out = wrapped(Batch.of(micro), len(window), n_labels)
                 accelerator.backward(out["total"] * n_proc)
             sums += torch.stack([out[k].detach().double().cpu() for k in ("total", "loss", "l1", "hits")])
@@ -224,6 +221,12 @@ def train(
                 _save(run_dir, identity, done, objective, optimizer)
             accelerator.wait_for_everyone()
     log.close()
+
+
+def read_curve(run_dir: Path) -> list[dict[str, float]]:
+    """Read ``curve.csv``: one mapping per logged step, empty cells left out."""
+    with (run_dir / "curve.csv").open() as f:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
 
 
 def _save(run_dir: Path, identity: str, step: int, objective: Objective, optimizer) -> None:
@@ -265,9 +268,7 @@ class _Log:
         if not enabled:
             return
         if self.path.exists() and start:
-            with self.path.open() as f:
-                old = [{k: float(v) for k, v in r.items() if v} for r in csv.DictReader(f)]
-            self.rows = [r for r in old if r["step"] <= start]
+            self.rows = [r for r in read_curve(run_dir) if r["step"] <= start]
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start)
         self.bar = tqdm(total=config.steps, initial=start, desc="train", dynamic_ncols=True)
 
@@ -302,14 +303,3 @@ class _Log:
         if self.enabled:
             self.bar.close()
             self.board.close()
-
-
-def _teacher_rows(query):
-    if query.teacher_logprob is None or query.teacher_idx is None:
-        raise ValueError("loss 'kl' needs the teacher's top-k for every query; none was given")
-    return zip(query.teacher_logprob, query.teacher_idx, strict=True)
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...

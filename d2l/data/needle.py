@@ -16,8 +16,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from d2l.data.prose import prose_line, shortest_prose_line
-from d2l.lm import vocabulary as words
+from ..lm import vocabulary as words
+from .prose import prose_line, shortest_prose_line
 
 Filler = Literal["repeat", "prose"]
 Needle = Literal["digits", "word"]
@@ -126,7 +126,7 @@ class NeedleGenerator:
                 drift += len(ids) - (min_tok + max_tok) // 2
         nearest = min(seen, key=lambda n: abs(n - min_tok)) if seen else "none"
         raise ValueError(
-            f"no document of {min_tok} to {max_tok} tokens found (nearest: {nearest}): widen the bin"
+            f"no document of {min_tok} to {max_tok} tokens (nearest: {nearest}): widen the bin"
         )
 
     def stratified(self, n: int, min_tok: int, max_tok: int, seed: int) -> list[NeedleSample]:

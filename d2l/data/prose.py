@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from d2l.lm import vocabulary as words
+from ..lm import vocabulary as words
 
 
 def prose_line(rng: random.Random) -> list[str]:

@@ -1,0 +1,85 @@
+"""The experiments that can be reproduced, by id; nothing heavy is imported until one is run.
+
+An experiment module offers `config(scale, overrides)`, `run(...)` and `train(...)`; see base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+SCALES = ("smoke", "tiny", "small", "paper")
+
+
+class CannotRun(Exception):
+    """This machine lacks what the scale needs; the message says what, and what to run instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One figure or table: what it shows, what each scale costs, and where its code lies."""
+
+    id: str
+    title: str
+    default_scale: str
+    cost: dict[str, str]
+    module: str
+    paper: str = "doc-to-lora"
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """The scales that it runs at, smallest first."""
+        return tuple(scale for scale in SCALES if scale in self.cost)
+
+    @property
+    def notebook(self) -> str:
+        """Path of its notebook inside the checkout."""
+        return f"notebooks/{self.id}.ipynb"
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """Import the experiment's module and return its function `name`."""
+        return getattr(importlib.import_module(self.module), name)
+
+
+EXPERIMENTS = {
+    e.id: e
+    for e in (
+        Experiment(
+            id="fig2",
+            title="Needle in a haystack: retrieval and memory against haystack length",
+            default_scale="small",
+            cost={
+                "smoke": "under 20 s",
+                "tiny": "up to 15 min, from scratch",
+                "small": "up to 15 min, from the shipped hypernetwork",
+                "paper": "one GPU; training took the authors about 3 h on an H200",
+            },
+            module="d2l.experiments.fig2",
+        ),
+    )
+}
+
+
+def find(experiment_id: str) -> Experiment:
+    """Return the experiment; ValueError names the nearest id for an unknown one."""
+    if experiment_id not in EXPERIMENTS:
+        raise ValueError(unknown("figure or table", experiment_id, EXPERIMENTS))
+    return EXPERIMENTS[experiment_id]
+
+
+def check_scale(experiment: Experiment, scale: str) -> str:
+    """Return `scale`; ValueError names the nearest one for a scale that it does not run at."""
+    if scale not in experiment.scales:
+        raise ValueError(unknown(f"scale of {experiment.id}", scale, experiment.scales))
+    return scale
+
+
+def unknown(what: str, word: str, known: Iterable[str]) -> str:
+    """Say that `word` is no known `what`, with the nearest known one and the whole list."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown {what} {word!r}; {hint}known: {', '.join(known)}"

@@ -45,8 +45,7 @@ PLACES = _split(
     "window yard"
 )
 TRANSITIVE = _split(
-    "bought brought carried dropped found held hid kept moved painted saw sold took "
-    "watched"
+    "bought brought carried dropped found held hid kept moved painted saw sold took watched"
 )
 INTRANSITIVE = _split("danced laughed rested sang sat slept stood waited walked worked")
 PREPOSITIONS = _split("behind below beside by near past toward")

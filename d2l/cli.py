@@ -1,0 +1,239 @@
+"""The command line: reproduce, train, figures, claims, notebooks.
+
+Exit codes: 0 it ran (claims that do not hold are reported, not an error, unless `--strict`), 1 it
+failed, 2 the request cannot be served as asked.  Heavy imports happen inside the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from d2l import experiments, notebooks
+from d2l.experiments import EXPERIMENTS, Experiment
+from d2l.home import repo_root
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Reproduce the experiments of Doc-to-LoRA.",
+)
+OWN_OPTIONS = ("scale", "seed", "out_dir", "retrain", "overrides")
+
+Id = Annotated[str, typer.Argument(metavar="ID", help="Figure or table, e.g. fig2.")]
+Scale = Annotated[str, typer.Option(help="smoke, tiny, small or paper; empty: the usual one.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of training and of the evaluation data.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, repeatable; VALUE as JSON."),
+]
+
+
+@app.command()
+def reproduce(
+    experiment_id: Id,
+    scale: Scale = "",
+    seed: Seed = 0,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train again, from scratch.")] = False,
+    settings: Settings = None,
+    out_dir: Annotated[str, typer.Option(help="Folder for the results.")] = "",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if a claim fails.")] = False,
+) -> None:
+    """Run the notebook of a figure or table and judge its claims."""
+    experiment = experiments.find(experiment_id)
+    scale = experiments.check_scale(experiment, scale or experiment.default_scale)
+    notebook = repo_root() / experiment.notebook
+    given, overrides = _split_settings(parse_settings(settings), notebook, experiment, scale)
+    from d2l.experiments import base
+
+    request = base.request(experiment.id, scale, seed, overrides, out_dir)
+    given |= {
+        "scale": scale,
+        "seed": seed,
+        "retrain": retrain,
+        "overrides": json.dumps(overrides),
+        "out_dir": str(request.out_dir) if out_dir else "",
+    }
+    usual = base.default_out_dir(experiment, scale, seed, overrides)
+    executed = _executed(f"{experiment.id}-{usual.name}")
+    say = _console()
+    say.print(f"[bold]{experiment.id}[/] at scale [bold]{scale}[/]: {experiment.cost[scale]}")
+    started = time.time()
+    try:
+        notebooks.execute(notebook, executed, given)
+    except notebooks.NotebookError as error:
+        if error.error_name == experiments.CannotRun.__name__:
+            raise experiments.CannotRun(str(error)) from error
+        raise OSError(
+            0, f"{error}\n({error.error_name}; traceback in {_short(executed)})"
+        ) from error
+    manifest = request.out_dir / "manifest.json"
+    if not manifest.is_file() or manifest.stat().st_mtime < started - 1:
+        raise OSError(0, f"{_short(executed)} ran, but wrote no {manifest}")
+    verdicts = json.loads(manifest.read_text(encoding="utf-8"))["verdicts"]
+    say.print(_verdict_table(f"Claims of {experiment.id} at scale {scale}", verdicts))
+    say.print(f"{time.time() - started:.0f} s. Results: {_short(request.out_dir)}", soft_wrap=True)
+    say.print(f"Executed notebook: {_short(executed)}", soft_wrap=True)
+    if strict and any(v["verdict"] == "does not hold" for v in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(experiment_id: Id, scale: Scale = "", seed: Seed = 0, settings: Settings = None) -> None:
+    """Train the hypernetwork of an experiment again; an interrupted run resumes."""
+    experiment = experiments.find(experiment_id)
+    scale = experiments.check_scale(experiment, scale or experiment.default_scale)
+    overrides = parse_settings(settings)
+    experiment.function("config")(scale, overrides)
+    experiment.function("train")(scale=scale, seed=seed, overrides=overrides)
+
+
+@app.command()
+def figures() -> None:
+    """List what can be reproduced, its cost at each scale, and how its claims stand."""
+    from d2l import artifacts, claims
+
+    table = Table(title="just reproduce ID --scale SCALE", title_justify="left")
+    for heading in ("id", "what", "scale", "cost on two CPU cores", "claims, as committed"):
+        table.add_column(heading)
+    for experiment in EXPERIMENTS.values():
+        for i, scale in enumerate(experiment.scales):
+            folder = artifacts.results_dir(experiment.id, scale, experiment.paper)
+            stand = "-"
+            if (folder / "manifest.json").is_file():
+                found = artifacts.Manifest.read(folder).verdicts
+                stand = claims.count([v["verdict"] for v in found])
+            usual = " (usual)" if scale == experiment.default_scale else ""
+            about = (experiment.id, experiment.title) if i == 0 else ("", "")
+            table.add_row(*about, scale + usual, experiment.cost[scale], stand)
+    _console().print(table)
+
+
+@app.command(name="claims")
+def claims_(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Judge every committed result afresh against the papers' claims."""
+    import dataclasses
+
+    from d2l import claims
+
+    ledger = claims.ledger()
+    if as_json:
+        rows = [dataclasses.asdict(v) for _, verdicts, _ in ledger for v in verdicts]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    say = _console()
+    if not ledger:
+        say.print("No committed results yet; `just reproduce fig2 --scale tiny` makes some.")
+    for folder, verdicts, changed in ledger:
+        rows = [dataclasses.asdict(v) for v in verdicts]
+        say.print(_verdict_table(_short(folder), rows))
+        if changed:
+            say.print(f"[yellow]changed since the run: {', '.join(changed)}[/]")
+
+
+@app.command(name="notebooks")
+def notebooks_() -> None:
+    """Run every notebook at scale smoke; executed copies lie under build/notebooks."""
+    say, failed = _console(), []
+    for notebook in sorted((repo_root() / "notebooks").glob("*.ipynb")):
+        given = {"scale": "smoke"} if "scale" in notebooks.parameters(notebook) else {}
+        started = time.time()
+        try:
+            notebooks.execute(notebook, _executed(f"{notebook.stem}-smoke"), given, quiet=True)
+        except notebooks.NotebookError as error:
+            failed.append(notebook.name)
+            say.print(f"[red]failed[/] {notebook.name}: {error.error_name}: {error}")
+        else:
+            say.print(f"[green]ran[/] {notebook.name}, {time.time() - started:.0f} s")
+    if failed:
+        raise typer.Exit(1)
+
+
+def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
+    """Read `key=value` settings; a value is JSON where it parses, else the text itself."""
+    found: dict[str, Any] = {}
+    for setting in settings or ():
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes KEY=VALUE, e.g. train.steps=100, got {setting!r}")
+        if key in found:
+            raise ValueError(f"--set names {key!r} twice")
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = text
+    return found
+
+
+def main() -> None:
+    """Run the command line; every expected error becomes one message and an exit code.
+
+    `D2L_TRACEBACK=1` shows the whole traceback instead.
+    """
+    try:
+        app()
+    except (ValueError, experiments.CannotRun) as error:
+        _report(error, 2)
+    except OSError as error:
+        _report(error, 1)
+
+
+def _report(error: Exception, code: int) -> None:
+    if os.environ.get("D2L_TRACEBACK"):
+        raise error
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    _console(stderr=True).print(f"[red]error:[/] {escape(text)}", soft_wrap=True)
+    sys.exit(code)
+
+
+def _split_settings(
+    settings: dict[str, Any], notebook: Path, experiment: Experiment, scale: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split settings into parameters of the notebook and overrides of the config; check both."""
+    names = notebooks.parameters(notebook)
+    given, overrides = {}, {}
+    for key, value in settings.items():
+        if key in OWN_OPTIONS:
+            raise ValueError(f"--set {key}=... has its own option, --{key.replace('_', '-')}")
+        (given if key in names else overrides)[key] = value
+    if overrides:
+        experiment.function("config")(scale, overrides)
+    return given, overrides
+
+
+def _executed(name: str) -> Path:
+    return repo_root() / "build" / "notebooks" / f"{name}.ipynb"
+
+
+def _verdict_table(title: str, verdicts: Sequence[dict[str, Any]]) -> Table:
+    colours = {"holds": "green", "does not hold": "red"}
+    table = Table(title=title, title_justify="left")
+    for heading in ("claim", "verdict", "measured", "tolerance", "paper", "note"):
+        table.add_column(heading)
+    for v in verdicts:
+        colour = colours.get(v["verdict"], "dim")
+        shown = "-" if v["measured"] is None else f"{v['measured']:.4g}"
+        cells = (shown, v["tolerance"], v["paper_value"], v["note"])
+        table.add_row(v["claim"], f"[{colour}]{v['verdict']}[/]", *(escape(cell) for cell in cells))
+    return table
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(repo_root())) if path.is_relative_to(repo_root()) else str(path)
+
+
+def _console(stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False)

@@ -1,0 +1,246 @@
+"""The figures of the papers, drawn from results tables; the only place that knows matplotlib.
+
+Nothing here computes a result.  Saved SVGs are the same bytes for the same table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from d2l import artifacts
+from d2l.measures import NotTestable, pool_seeds
+
+_COLOURS = sns.color_palette("colorblind")
+_RC = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 9,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "axes.linewidth": 0.7,
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "svg.hashsalt": "d2l",
+    "savefig.dpi": 220,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Style:
+    label: str
+    colour: tuple[float, float, float]
+    marker: str
+    dashes: str = "-"
+    hollow: bool = False
+
+
+_STYLES = {
+    "base_with_context": _Style("base, document in context", _COLOURS[1], "s"),
+    "d2l": _Style("D2L", _COLOURS[0], "o"),
+    "wrong_document": _Style("D2L, wrong document", _COLOURS[4], "D", "-", hollow=True),
+    "base_without_context": _Style("base, no document", (0.25, 0.25, 0.25), "x", ":"),
+}
+_WITH_ADAPTER = _Style("D2L, adapter counted", _COLOURS[9], "o", "--", hollow=True)
+
+
+class PaperFigure(Figure):
+    """A figure that notebooks display without pyplot's global state."""
+
+    def _repr_png_(self) -> bytes:
+        with _look():
+            return _render(self, "png")
+
+
+def draw_fig2(
+    table: pd.DataFrame,
+    *,
+    scale: str,
+    window: int,
+    train_tok: int,
+    title: str,
+    chance: float = 1e-4,
+) -> Figure:
+    """Draw accuracy (top) and memory for generation (bottom) over haystack length, as figure 2.
+
+    `table` has the columns of `artifacts.COLUMNS`.  Several seeds are pooled into one line with a
+    95 % band, single seeds stay visible as faint lines.  `window` (of the base) and `train_tok`
+    (longest training document) are marked; `title` names the base model.  Missing series and
+    missing memories are left out.
+    """
+    artifacts.check_columns(table, artifacts.COLUMNS, "the table of figure 2")
+    with _look():
+        figure = PaperFigure(figsize=(4.6, 5.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.25, 1))
+        for name, style in _STYLES.items():
+            _draw_accuracy(top, table, name, style)
+        top.axhline(chance, color="0.35", linewidth=0.8, linestyle=(0, (1, 1.5)), zorder=1)
+        top.set(ylabel="exact match", ylim=(-0.06, 1.06), yticks=[0, 0.25, 0.5, 0.75, 1])
+        figure.suptitle(f"Needle in a haystack, scale {scale}\n{title}", fontsize=9)
+        _draw_memory(bottom, table)
+        bottom.set(ylabel="memory for generation (MiB)", xlabel="haystack length (tokens)")
+        _scale_lengths(bottom, table["haystack_tok"])
+        for axes in (top, bottom):
+            for x, kind in ((train_tok, (0, (4, 2))), (window, "-")):
+                axes.axvline(x, color="0.45", linewidth=0.9, linestyle=kind, zorder=1)
+        _label_lines(top, train_tok, window)
+        top.plot([], [], color="0.35", linewidth=0.8, linestyle=(0, (1, 1.5)), label="chance")
+        _legend(top, ["D2L", "base, document in context", "D2L, wrong document",
+                      "base, no document", "chance"], (0.0, 0.47))  # fmt: skip
+        _legend(
+            bottom,
+            ["base, KV cache", "D2L, adapter counted", "D2L, adapter not counted"],
+            (0.0, 0.84),
+        )
+        sns.despine(fig=figure)
+    return figure
+
+
+def save_figure(figure: Figure, folder: Path, name: str = "figure") -> tuple[Path, Path]:
+    """Write `name`.svg and `name`.png into `folder` atomically; the same figure, the same bytes."""
+    with _look():
+        return (
+            artifacts.write_bytes(folder / f"{name}.svg", _render(figure, "svg")),
+            artifacts.write_bytes(folder / f"{name}.png", _render(figure, "png")),
+        )
+
+
+@contextlib.contextmanager
+def _look() -> Iterator[None]:
+    with mpl.rc_context({**sns.axes_style("whitegrid"), **_RC}):
+        yield
+
+
+def _render(figure: Figure, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    figure.savefig(buffer, format=kind, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _draw_accuracy(axes: Axes, table: pd.DataFrame, name: str, style: _Style) -> None:
+    try:
+        curve = pool_seeds(table, name)
+    except NotTestable:
+        return
+    rows = table[table["series"] == name]
+    if rows["seed"].nunique() > 1:
+        for _, one in rows.sort_values("haystack_tok").groupby("seed"):
+            axes.plot(one["haystack_tok"], one["accuracy"], color=style.colour, alpha=0.35,
+                      linewidth=0.8, zorder=2)  # fmt: skip
+    band = (curve["ci_low"], curve["ci_high"])
+    axes.fill_between(curve["haystack_tok"], *band, color=style.colour, alpha=0.16, linewidth=0)
+    _plot(axes, curve["haystack_tok"], curve["accuracy"], style)
+
+
+def _draw_memory(axes: Axes, table: pd.DataFrame) -> None:
+    lines = [
+        ("base_with_context", _STYLES["base_with_context"], False),
+        ("d2l", _WITH_ADAPTER, True),
+        ("d2l", _STYLES["d2l"], False),
+    ]
+    values: list[float] = []
+    for name, style, with_adapter in lines:
+        try:
+            curve = pool_seeds(table, name)
+        except NotTestable:
+            continue
+        memory = curve["gen_memory_mib"]
+        memory = memory + curve["adapter_mib"] if with_adapter else memory
+        shown = memory[memory > 0]
+        if shown.empty:
+            continue
+        values += list(shown)
+        if name == "base_with_context":
+            style = dataclasses.replace(style, label="base, KV cache")
+        elif not with_adapter:
+            style = dataclasses.replace(style, label="D2L, adapter not counted")
+        _plot(axes, curve["haystack_tok"][shown.index], shown, style)
+    if not values:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.4")
+        return
+    axes.set_yscale("log")
+    low, high = min(values) / 2.5, max(10 * min(values), 2.5 * max(values))
+    decades = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(FixedLocator([10.0**k for k in decades]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(_mib))
+
+
+def _plot(axes: Axes, x: pd.Series, y: pd.Series, style: _Style) -> None:
+    axes.plot(
+        x,
+        y,
+        color=style.colour,
+        marker=style.marker,
+        linestyle=style.dashes,
+        label=style.label,
+        markerfacecolor="white" if style.hollow else style.colour,
+        markeredgewidth=1.1,
+        zorder=3,
+        clip_on=False,
+    )
+
+
+def _scale_lengths(axes: Axes, lengths: pd.Series) -> None:
+    low, high = lengths.min(), lengths.max()
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(low / 2**0.3, high * 2**0.3)
+    powers = range(math.ceil(math.log2(low) - 0.3), math.floor(math.log2(high) + 0.3) + 1)
+    step = 1 if len(powers) <= 9 else 2
+    last = powers[-1]
+    axes.xaxis.set_major_locator(FixedLocator([2.0**p for p in powers if (last - p) % step == 0]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(_tok))
+
+
+def _label_lines(axes: Axes, train_tok: int, window: int) -> None:
+    """Name the two vertical lines above the axes, on either side if they lie close together."""
+    close = abs(math.log2(window / train_tok)) < 3
+    left, right = ("right", "left") if close else ("center", "center")
+    if close and window < train_tok:
+        left, right = right, left
+    for x, text, side in ((train_tok, "training length", left), (window, "window", right)):
+        axes.annotate(f"{text}\n{x:,} tok", (x, 1), (0, 2), xycoords=axes.get_xaxis_transform(),
+                      textcoords="offset points", ha=side, va="bottom", fontsize=7, color="0.3",
+                      linespacing=0.95, annotation_clip=False)  # fmt: skip
+
+
+def _legend(axes: Axes, order: list[str], place: tuple[float, float]) -> None:
+    found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    labels = [label for label in order if label in found]
+    if labels:
+        axes.legend(
+            [found[label] for label in labels],
+            labels,
+            loc="center left",
+            bbox_to_anchor=place,
+            framealpha=0.85,
+            edgecolor="none",
+            handlelength=2.4,
+            borderpad=0.3,
+        )
+
+
+def _tok(value: float, _position: int | None = None) -> str:
+    return f"{value / 1024:g}K" if value >= 1024 else f"{value:g}"
+
+
+def _mib(value: float, _position: int | None = None) -> str:
+    return f"{value:,g}"

@@ -1,0 +1,117 @@
+"""Chat templates as token ids: a prompt around a user's text, for any tokenizer.
+
+The text is inert: special tokens spelled out in it become ordinary pieces.  The system message is
+empty, as in the published data (spec section 9).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+_USER = "zqUserTextqz"
+_SYSTEM = "zqSystemTextqz"
+_PROBES = ("a", "7 zebras?", "Who. x")
+
+
+def render_chat(tokenizer: Any, user_text: str, system: str = "") -> list[int]:
+    """Return the ids of [system, user text] with the generation prompt.
+
+    Equals ``apply_chat_template`` for a text without special tokens.  A template that refuses or
+    drops a system message gets it in front of the user's text, a blank line between.  Without a
+    template: the text behind the tokenizer's own opening tokens.  The text is stripped.
+    """
+    left, right = _frame(tokenizer, system)
+    return _encode_around(tokenizer, left, user_text.strip(), right)
+
+
+def chat_affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids around a user's text: ``(prefix, suffix)`` of a chunk (spec section 9, T16).
+
+    What stays the same in the ids when the text changes.  Spaces that end the template are
+    dropped, as the published constants do (T17).  Without a template: (opening tokens, []).
+    """
+    left, right = _frame(tokenizer, "")
+    right = right.rstrip(" ")
+    rendered = [_encode_around(tokenizer, left, probe, right) for probe in _PROBES]
+    prefix = _common(rendered)
+    suffix = _common([ids[len(prefix) :][::-1] for ids in rendered])[::-1]
+    return prefix, suffix
+
+
+def _frame(tokenizer: Any, system: str) -> tuple[str, str]:
+    """Return the template's text before and after the user's."""
+    if not getattr(tokenizer, "chat_template", None):
+        before, after = _opening(tokenizer)
+        return before + (f"{system}\n\n" if system else ""), after
+    user = {"role": "user", "content": _USER}
+    if _takes_system(tokenizer, user):
+        rendered = _render(tokenizer, [{"role": "system", "content": system}, user])
+        before, _, after = rendered.partition(_USER)
+    else:
+        before, _, after = _render(tokenizer, [user]).partition(_USER)
+        before += f"{system}\n\n"
+    return before, after
+
+
+def _takes_system(tokenizer: Any, user: dict[str, str]) -> bool:
+    try:
+        rendered = _render(tokenizer, [{"role": "system", "content": _SYSTEM}, user])
+    except TemplateError:
+        return False
+    return _SYSTEM in rendered and _USER in rendered
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _opening(tokenizer: Any) -> tuple[str, str]:
+    """Return the tokens, spelled out, that a tokenizer without a template puts in front."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    full = tokenizer("a").input_ids
+    added = full[: len(full) - len(plain)] if full[-len(plain) :] == plain else full[:1]
+    added = [i for i in added if i == tokenizer.bos_token_id]
+    return "".join(tokenizer.convert_ids_to_tokens(added)), ""
+
+
+def _encode_around(tokenizer: Any, left: str, text: str, right: str) -> list[int]:
+    """Tokenize ``left + text + right`` with control tokens active outside ``text`` only."""
+    control = _control_tokens(tokenizer, left + right)
+    pattern = re.compile("|".join(map(re.escape, control)) or "(?!)")
+    if not pattern.search(text):
+        return _encode(tokenizer, left + text + right)
+    opened = list(pattern.finditer(left))
+    closed = pattern.search(right)
+    cut = opened[-1].end() if opened else 0
+    end = closed.start() if closed else len(right)
+    inner = left[cut:] + text + right[:end]
+    ids = tokenizer(inner, add_special_tokens=False, split_special_tokens=True).input_ids
+    if not control.keys().isdisjoint(map(tokenizer.convert_ids_to_tokens, ids)):
+        # Added, not flagged special, and yet used by the template: break each spelling in two.
+        cuts = [m.start() + 1 for m in pattern.finditer(inner)]
+        parts = [inner[a:b] for a, b in zip([0, *cuts], [*cuts, len(inner)], strict=True)]
+        ids = [i for part in parts for i in _encode(tokenizer, part)]
+    return _encode(tokenizer, left[:cut]) + ids + _encode(tokenizer, right[end:])
+
+
+def _control_tokens(tokenizer: Any, frame: str) -> dict[str, None]:
+    """List the special tokens, and other added ones that the template uses, longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    spelled = {t.content for t in added if t.special or (t.content.strip() and t.content in frame)}
+    return dict.fromkeys(sorted(spelled, key=len, reverse=True))
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+
+def _common(lists: list[list[int]]) -> list[int]:
+    out: list[int] = []
+    for column in zip(*lists, strict=False):
+        if len(set(column)) > 1:
+            break
+        out.append(column[0])
+    return out

@@ -1,0 +1,101 @@
+"""The tiny base: a real Llama configuration and a word-level tokenizer, small enough for any CPU.
+
+Every word of the closed vocabulary is a token, as are each digit, each punctuation mark and the
+line break.  Training it is `d2l.tiny_training`'s work.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from . import vocabulary
+
+WINDOW_TOK = 512
+_SPECIALS = ("<pad>", "<unk>", "<s>", "<end>", "<system>", "<user>", "<assistant>")
+_TEMPLATE = (
+    "<s>{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_vocabulary() -> list[str]:
+    """List the tokens in the order of their ids: specials, marks, digits, words."""
+    sentences = [
+        vocabulary.REPEAT_BLOCK,
+        vocabulary.DIGITS_LINE,
+        vocabulary.DIGITS_QUESTION,
+        vocabulary.WORD_LINE,
+        vocabulary.WORD_QUESTION,
+        *(word.capitalize() for word in vocabulary.DETERMINERS),
+        *vocabulary.PROSE_WORDS,
+        *vocabulary.NEEDLE_WORDS,
+    ]
+    words = sorted({word for text in sentences for word in re.findall(r"[A-Za-z]+", text)})
+    return [*_SPECIALS, "\n", *".,?!", *"0123456789", *words]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the word-level tokenizer; words outside the vocabulary become ``<unk>``.
+
+    Decoding puts spaces between words and none inside numbers or before marks.
+
+    >>> tokenizer = build_tokenizer()
+    >>> tokenizer.decode(tokenizer("The number is 4829.").input_ids)
+    'The number is 4829.'
+    """
+    ids = {token: i for i, token in enumerate(tiny_vocabulary())}
+    core = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\n|[0-9]|[^\s\w]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"),
+        ]
+    )
+    core.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="##", cleanup=False),
+            decoders.Fuse(),
+            decoders.Replace(Regex(r"(?<=[0-9]) (?=[0-9])| (?=[.,?!\n])|(?<=\n) "), ""),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<end>",
+        additional_special_tokens=["<system>", "<user>", "<assistant>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer
+
+
+def build_config() -> LlamaConfig:
+    """Return the configuration: 4 layers of width 128, a window of 512 tokens."""
+    ids = {token: i for i, token in enumerate(tiny_vocabulary())}
+    return LlamaConfig(
+        vocab_size=len(ids),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=WINDOW_TOK,
+        tie_word_embeddings=True,
+        pad_token_id=ids["<pad>"],
+        bos_token_id=ids["<s>"],
+        eos_token_id=ids["<end>"],
+    )
+
+
+def build_model(seed: int) -> LlamaForCausalLM:
+    """Return the untrained model; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(build_config())
