@@ -1,6 +1,6 @@
 """`python -m d2l`: the command line."""
 
-from d2l.cli import main
+from .cli import main
 
 if __name__ == "__main__":
     main()

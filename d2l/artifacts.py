@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from d2l.home import repo_root
+from .home import repo_root
 
 COLUMNS = (
     "series",

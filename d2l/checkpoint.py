@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -52,11 +53,12 @@ def save_hypernet(
     base_name: str,
     base_fingerprint: str | None,
     metadata: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a hypernetwork so that the folder never holds half a checkpoint.
 
     Both files are complete beside the folder before they are moved in, so a full disk or a kill
-    leaves what was there.  ``metadata`` is anything that JSON takes.
+    leaves what was there.  ``metadata`` is anything that JSON takes; ``dtype`` rounds the weights.
 
     Raises OSError when the files cannot be written.
     """
@@ -64,7 +66,8 @@ def save_hypernet(
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        tensors = {n: p.detach().cpu().contiguous() for n, p in hypernet.named_parameters()}
+        named = hypernet.named_parameters()
+        tensors = {n: p.detach().to("cpu", dtype or p.dtype).contiguous() for n, p in named}
         try:
             save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -89,7 +92,11 @@ def save_hypernet(
 
 
 def save_model(
-    folder: str | Path, model: DocToLoRA, metadata: Mapping[str, Any] | None = None
+    folder: str | Path,
+    model: DocToLoRA,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model's hypernetwork with its chunk lengths and its base's fingerprint."""
     save_hypernet(
@@ -99,6 +106,7 @@ def save_model(
         base_name=model.base.name,
         base_fingerprint=model.base.fingerprint,
         metadata=metadata,
+        dtype=dtype,
     )
 
 
@@ -111,7 +119,7 @@ def load_hypernet(folder: str | Path) -> SavedHypernet:
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} does not exist; is this a hypernetwork's folder?")
+            raise FileNotFoundError(f"{folder / name} does not exist; give a checkpoint's folder")
     path = folder / CONFIG
     try:
         record = json.loads(path.read_text())
@@ -179,13 +187,15 @@ def _other_base(saved: SavedHypernet, base: LanguageModel) -> str | None:
     if saved.base_fingerprint is None:
         if saved.base_name == base.name:
             return None
-        return f"made for base {saved.base_name!r} (no fingerprint recorded), used with {base.name!r}"
+        return (
+            f"made for base {saved.base_name!r} (no fingerprint recorded), used with {base.name!r}"
+        )
     if saved.base_fingerprint == base.fingerprint:
         return None
     return (
         f"made for base {saved.base_name!r} with fingerprint {saved.base_fingerprint}, used with "
-        f"{base.name!r} with fingerprint {base.fingerprint}: answers may be wrong; use the recorded "
-        "base or train again"
+        f"{base.name!r} with fingerprint {base.fingerprint}: answers may be wrong; use the "
+        "recorded base or train again"
     )
 
 

@@ -77,7 +77,7 @@ def unique(chunks: Sequence[Ids]) -> tuple[list[Ids], list[int]]:
 
 
 def group_by_length(lengths: Sequence[int], budget_tok: int) -> list[list[int]]:
-    """Group chunk positions, longest first, so that padded groups hold at most ``budget_tok`` tokens.
+    """Group chunk positions, longest first; a padded group holds at most ``budget_tok`` tokens.
 
     A chunk longer than the budget forms a group of its own.
     """

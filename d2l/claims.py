@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from d2l import artifacts
-from d2l.measures import MEASURES, Measurement, NotTestable
+from . import artifacts
+from .measures import MEASURES, Measurement, NotTestable, single_seeds
 
 SCALES = ("smoke", "tiny", "small", "paper")
 Outcome = Literal["holds", "does not hold", "not testable at this scale"]
@@ -166,11 +166,11 @@ def _measure(table: pd.DataFrame, test: Criterion, context: Mapping[str, Any]) -
 
 
 def _over_seeds(table: pd.DataFrame, test: Criterion, context: Mapping[str, Any]) -> str:
-    seeds = sorted(table["seed"].unique())
+    seeds = single_seeds(table)
     if len(seeds) < 2:
         return ""
     try:
-        values = [_measure(table[table["seed"] == s], test, context).value for s in seeds]
+        values = [_measure(rows, test, context).value for rows in seeds]
     except NotTestable:
         return ""
     return f"; {len(seeds)} seeds: {min(values):.3g} to {max(values):.3g}"

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from d2l import experiments, notebooks
-from d2l.experiments import EXPERIMENTS, Experiment
-from d2l.home import repo_root
+from . import experiments, notebooks
+from .experiments import EXPERIMENTS, Experiment
+from .home import repo_root
 
 app = typer.Typer(
     add_completion=False,
@@ -55,7 +55,7 @@ def reproduce(
     scale = experiments.check_scale(experiment, scale or experiment.default_scale)
     notebook = repo_root() / experiment.notebook
     given, overrides = _split_settings(parse_settings(settings), notebook, experiment, scale)
-    from d2l.experiments import base
+    from .experiments import base
 
     request = base.request(experiment.id, scale, seed, overrides, out_dir)
     given |= {
@@ -102,22 +102,21 @@ def train(experiment_id: Id, scale: Scale = "", seed: Seed = 0, settings: Settin
 @app.command()
 def figures() -> None:
     """List what can be reproduced, its cost at each scale, and how its claims stand."""
-    from d2l import artifacts, claims
+    from . import artifacts, claims
 
-    table = Table(title="just reproduce ID --scale SCALE", title_justify="left")
-    for heading in ("id", "what", "scale", "cost on two CPU cores", "claims, as committed"):
-        table.add_column(heading)
+    say = _console()
     for experiment in EXPERIMENTS.values():
-        for i, scale in enumerate(experiment.scales):
+        title = f"{experiment.id}: {experiment.title}"
+        table = Table("scale", "cost on two CPU cores", "claims, as committed", title=title)
+        for scale in experiment.scales:
             folder = artifacts.results_dir(experiment.id, scale, experiment.paper)
             stand = "-"
             if (folder / "manifest.json").is_file():
                 found = artifacts.Manifest.read(folder).verdicts
                 stand = claims.count([v["verdict"] for v in found])
             usual = " (usual)" if scale == experiment.default_scale else ""
-            about = (experiment.id, experiment.title) if i == 0 else ("", "")
-            table.add_row(*about, scale + usual, experiment.cost[scale], stand)
-    _console().print(table)
+            table.add_row(scale + usual, experiment.cost[scale], stand)
+        say.print(table)
 
 
 @app.command(name="claims")
@@ -127,7 +126,7 @@ def claims_(
     """Judge every committed result afresh against the papers' claims."""
     import dataclasses
 
-    from d2l import claims
+    from . import claims
 
     ledger = claims.ledger()
     if as_json:
@@ -142,6 +141,19 @@ def claims_(
         say.print(_verdict_table(_short(folder), rows))
         if changed:
             say.print(f"[yellow]changed since the run: {', '.join(changed)}[/]")
+
+
+@app.command()
+def bench(
+    scale: Annotated[str, typer.Option(help="tiny or small, from shipped weights.")] = "small",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs per length; medians are kept.")] = 3,
+) -> None:
+    """Measure what internalising costs: time against the bare encoder, and peak memory."""
+    from d2l.experiments.bench import run
+
+    folder, table = run(scale, repeats)
+    _console().print(table.round(3).to_string(index=False))
+    _console().print(f"Written to {_short(folder)}")
 
 
 @app.command(name="notebooks")
@@ -220,14 +232,14 @@ def _executed(name: str) -> Path:
 
 def _verdict_table(title: str, verdicts: Sequence[dict[str, Any]]) -> Table:
     colours = {"holds": "green", "does not hold": "red"}
-    table = Table(title=title, title_justify="left")
-    for heading in ("claim", "verdict", "measured", "tolerance", "paper", "note"):
-        table.add_column(heading)
+    table = Table("verdict", "claim", "measured", "tolerance", title=title, show_lines=True)
     for v in verdicts:
         colour = colours.get(v["verdict"], "dim")
-        shown = "-" if v["measured"] is None else f"{v['measured']:.4g}"
-        cells = (shown, v["tolerance"], v["paper_value"], v["note"])
-        table.add_row(v["claim"], f"[{colour}]{v['verdict']}[/]", *(escape(cell) for cell in cells))
+        measured = "-" if v["measured"] is None else f"{v['measured']:.4g}"
+        about = (
+            f"[bold]{v['claim']}[/]\npaper: {escape(v['paper_value'])}\nhere: {escape(v['note'])}"
+        )
+        table.add_row(f"[{colour}]{v['verdict']}[/]", about, measured, v["tolerance"])
     return table
 
 

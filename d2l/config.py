@@ -76,7 +76,8 @@ class LoraConfig:
 class HypernetConfig:
     """The trainable part.  ``chunk_gate`` is ours: a learned factor in (0, 1) per chunk,
     layer, module and rank, so that a chunk with nothing to say can stay silent.  ``mlp_dropout``
-    acts in training, before both matrices of the pre-head MLPs."""
+    acts in training, before both matrices of the pre-head MLPs.
+    """
 
     encoder: EncoderConfig = EncoderConfig()
     perceiver: PerceiverConfig = PerceiverConfig()

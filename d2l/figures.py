@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -20,8 +21,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from d2l import artifacts
-from d2l.measures import NotTestable, pool_seeds
+from . import artifacts
+from .measures import NotTestable, Point, pool_seeds, single_seeds
 
 _COLOURS = sns.color_palette("colorblind")
 _RC = {
@@ -80,7 +81,7 @@ def draw_fig2(
     `table` has the columns of `artifacts.COLUMNS`.  Several seeds are pooled into one line with a
     95 % band, single seeds stay visible as faint lines.  `window` (of the base) and `train_tok`
     (longest training document) are marked; `title` names the base model.  Missing series and
-    missing memories are left out.
+    missing memories are left out; a series measured at 0 tokens alone holds for every length.
     """
     artifacts.check_columns(table, artifacts.COLUMNS, "the table of figure 2")
     with _look():
@@ -94,7 +95,7 @@ def draw_fig2(
         figure.suptitle(f"Needle in a haystack, scale {scale}\n{title}", fontsize=9)
         _draw_memory(bottom, table)
         bottom.set(ylabel="memory for generation (MiB)", xlabel="haystack length (tokens)")
-        _scale_lengths(bottom, table["haystack_tok"])
+        _scale_lengths(bottom, table)
         for axes in (top, bottom):
             for x, kind in ((train_tok, (0, (4, 2))), (window, "-")):
                 axes.axvline(x, color="0.45", linewidth=0.9, linestyle=kind, zorder=1)
@@ -122,7 +123,8 @@ def save_figure(figure: Figure, folder: Path, name: str = "figure") -> tuple[Pat
 
 @contextlib.contextmanager
 def _look() -> Iterator[None]:
-    with mpl.rc_context({**sns.axes_style("whitegrid"), **_RC}):
+    style: dict[Any, Any] = {**sns.axes_style("whitegrid"), **_RC}
+    with mpl.rc_context(style):
         yield
 
 
@@ -134,56 +136,58 @@ def _render(figure: Figure, kind: str) -> bytes:
 
 
 def _draw_accuracy(axes: Axes, table: pd.DataFrame, name: str, style: _Style) -> None:
-    try:
-        curve = pool_seeds(table, name)
-    except NotTestable:
+    curve = _curve(table, name)
+    if not curve:
         return
-    rows = table[table["series"] == name]
-    if rows["seed"].nunique() > 1:
-        for _, one in rows.sort_values("haystack_tok").groupby("seed"):
-            axes.plot(one["haystack_tok"], one["accuracy"], color=style.colour, alpha=0.35,
-                      linewidth=0.8, zorder=2)  # fmt: skip
-    band = (curve["ci_low"], curve["ci_high"])
-    axes.fill_between(curve["haystack_tok"], *band, color=style.colour, alpha=0.16, linewidth=0)
-    _plot(axes, curve["haystack_tok"], curve["accuracy"], style)
+    if curve[-1].tok == 0:
+        line = {"color": style.colour, "linestyle": style.dashes, "zorder": 4}
+        axes.axhline(curve[0].accuracy, label=style.label, **line)
+        return
+    singles = [_curve(rows, name) for rows in single_seeds(table)]
+    for one in singles if len(singles) > 1 else []:
+        lengths, accuracies = [p.tok for p in one], [p.accuracy for p in one]
+        axes.plot(lengths, accuracies, color=style.colour, alpha=0.35, linewidth=0.8, zorder=2)
+    lengths = [p.tok for p in curve]
+    low, high = [p.ci_low for p in curve], [p.ci_high for p in curve]
+    axes.fill_between(lengths, low, high, color=style.colour, alpha=0.16, linewidth=0)
+    _plot(axes, lengths, [p.accuracy for p in curve], style)
 
 
 def _draw_memory(axes: Axes, table: pd.DataFrame) -> None:
+    base = dataclasses.replace(_STYLES["base_with_context"], label="base, KV cache")
+    without = dataclasses.replace(_STYLES["d2l"], label="D2L, adapter not counted")
+    ours = _curve(table, "d2l")
     lines = [
-        ("base_with_context", _STYLES["base_with_context"], False),
-        ("d2l", _WITH_ADAPTER, True),
-        ("d2l", _STYLES["d2l"], False),
+        (base, [(p.tok, p.gen_memory_mib) for p in _curve(table, "base_with_context")]),
+        (_WITH_ADAPTER, [(p.tok, p.gen_memory_mib + p.adapter_mib) for p in ours]),
+        (without, [(p.tok, p.gen_memory_mib) for p in ours]),
     ]
     values: list[float] = []
-    for name, style, with_adapter in lines:
-        try:
-            curve = pool_seeds(table, name)
-        except NotTestable:
-            continue
-        memory = curve["gen_memory_mib"]
-        memory = memory + curve["adapter_mib"] if with_adapter else memory
-        shown = memory[memory > 0]
-        if shown.empty:
-            continue
-        values += list(shown)
-        if name == "base_with_context":
-            style = dataclasses.replace(style, label="base, KV cache")
-        elif not with_adapter:
-            style = dataclasses.replace(style, label="D2L, adapter not counted")
-        _plot(axes, curve["haystack_tok"][shown.index], shown, style)
+    for style, points in lines:
+        measured = [(tok, mib) for tok, mib in points if mib > 0]
+        values += [mib for _, mib in measured]
+        if measured:
+            _plot(axes, [tok for tok, _ in measured], [mib for _, mib in measured], style)
     if not values:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.4")
         return
-    axes.set_yscale("log")
     low, high = min(values) / 2.5, max(10 * min(values), 2.5 * max(values))
     decades = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+    axes.set_yscale("log")
     axes.set_ylim(low, high)
     axes.yaxis.set_major_locator(FixedLocator([10.0**k for k in decades]))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(_mib))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def _plot(axes: Axes, x: pd.Series, y: pd.Series, style: _Style) -> None:
+def _curve(table: pd.DataFrame, series: str) -> list[Point]:
+    try:
+        return pool_seeds(table, series)
+    except NotTestable:
+        return []
+
+
+def _plot(axes: Axes, x: list[float], y: list[float], style: _Style) -> None:
     axes.plot(
         x,
         y,
@@ -198,8 +202,9 @@ def _plot(axes: Axes, x: pd.Series, y: pd.Series, style: _Style) -> None:
     )
 
 
-def _scale_lengths(axes: Axes, lengths: pd.Series) -> None:
-    low, high = lengths.min(), lengths.max()
+def _scale_lengths(axes: Axes, table: pd.DataFrame) -> None:
+    lengths = [float(tok) for tok in table["haystack_tok"] if tok > 0]
+    low, high = min(lengths), max(lengths)
     axes.set_xscale("log", base=2)
     axes.set_xlim(low / 2**0.3, high * 2**0.3)
     powers = range(math.ceil(math.log2(low) - 0.3), math.floor(math.log2(high) + 0.3) + 1)
@@ -207,7 +212,7 @@ def _scale_lengths(axes: Axes, lengths: pd.Series) -> None:
     last = powers[-1]
     axes.xaxis.set_major_locator(FixedLocator([2.0**p for p in powers if (last - p) % step == 0]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(_tok))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tok(value)))
 
 
 def _label_lines(axes: Axes, train_tok: int, window: int) -> None:
@@ -238,9 +243,5 @@ def _legend(axes: Axes, order: list[str], place: tuple[float, float]) -> None:
         )
 
 
-def _tok(value: float, _position: int | None = None) -> str:
+def _tok(value: float) -> str:
     return f"{value / 1024:g}K" if value >= 1024 else f"{value:g}"
-
-
-def _mib(value: float, _position: int | None = None) -> str:
-    return f"{value:,g}"

@@ -1,4 +1,4 @@
-"""From chunk activations to LoRA factors: Perceiver, per-layer MLPs, heads (spec sections 2-3, 7)."""
+"""From activations to LoRA factors: Perceiver, per-layer MLPs, heads (spec sections 2, 3, 7)."""
 
 from __future__ import annotations
 
@@ -46,9 +46,12 @@ class LayerMLP(nn.Module):
         n = n_layers if per_layer else 1
         self.dropout = nn.Dropout(dropout)
         self.norm_in, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.W1, self.b1 = nn.Parameter(torch.empty(n, d, 4 * d)), nn.Parameter(torch.empty(n, 4 * d))
+        self.W1, self.b1 = (
+            nn.Parameter(torch.empty(n, d, 4 * d)),
+            nn.Parameter(torch.empty(n, 4 * d)),
+        )
         self.W2, self.b2 = nn.Parameter(torch.empty(n, 4 * d, d)), nn.Parameter(torch.empty(n, d))
-        # einops' EinMix draws U(+-sqrt(3 / fan_in)) for weights, torch.nn.Linear U(+-sqrt(1 / fan_in))
+        # EinMix draws weights from U(+-sqrt(3 / fan_in)), nn.Linear from U(+-sqrt(1 / fan_in))
         gain = 3.0 if per_layer else 1.0
         for weight, bias, fan_in in ((self.W1, self.b1, d), (self.W2, self.b2, 4 * d)):
             nn.init.uniform_(weight, -math.sqrt(gain / fan_in), math.sqrt(gain / fan_in))
@@ -87,9 +90,7 @@ class Hypernet(nn.Module):
         n_out = M * r if self.per_layer_features else L * M * r
         self.perceiver = Perceiver(config.perceiver, d_model, n_out)
         self.mlps = nn.ModuleList(
-            LayerMLP(
-                L, d, per_layer=config.per_layer_processing, dropout=config.mlp_dropout
-            )
+            LayerMLP(L, d, per_layer=config.per_layer_processing, dropout=config.mlp_dropout)
             for _ in range(config.n_pre_head_layers)
         )
         width = max(targets.d_in[m] + targets.d_out[m] for m in targets.modules)
@@ -108,7 +109,7 @@ class Hypernet(nn.Module):
     def assemble(
         self, latents: Sequence[Float[Tensor, "chunk n_out d_latent"]]
     ) -> Float[Tensor, "chunk layer mod r d_latent"]:
-        """Arrange the Perceiver's outputs, one per feature of the encoder, by layer, module and rank.
+        """Arrange the Perceiver's outputs, one per encoder feature, by layer, module and rank.
 
         Raises ValueError when the encoder's features and the adapted layers do not match.
         """

@@ -23,7 +23,7 @@ Delta = Callable[[int, str, Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class ChunkLora:
-    """Factors of chunks before merging, per module: ``A`` and ``B`` of shape (chunk, layer, r, d)."""
+    """Factors of chunks before merging, per module, of shape (chunk, layer, r, d)."""
 
     A: Factors
     B: Factors
@@ -55,7 +55,7 @@ class ChunkLora:
 
 @dataclass(frozen=True)
 class LoraBatch:
-    """Adapters of one or more documents, per module ``A (layer, rank, d_in)``, ``B (layer, rank, d_out)``.
+    """Adapters of documents, per module ``A (layer, rank, d_in)`` and ``B (layer, rank, d_out)``.
 
     ``rank`` holds each document's share of the rank axis; ``layers`` the base's layer index of each
     slice; ``multiplier`` the raw factor on delta W.
@@ -212,8 +212,10 @@ def route_rows(loras: LoraBatch, doc_of_row: Sequence[int], *, training: bool = 
         if copies > 1:
             index = (index[:, None] * copies + torch.arange(copies, device=x.device)).flatten()
         y = _apply(loras, layer, module, x[index].flatten(0, 1), tok, rank, training)
-        return torch.empty_like(y).view(*x.shape[:2], -1).index_copy(
-            0, index, y.view(*x.shape[:2], -1)
+        return (
+            torch.empty_like(y)
+            .view(*x.shape[:2], -1)
+            .index_copy(0, index, y.view(*x.shape[:2], -1))
         )
 
     return delta
@@ -232,7 +234,13 @@ def route_packed(loras: LoraBatch, tok_per_doc: Sequence[int], *, training: bool
 
 
 def _apply(
-    loras: LoraBatch, layer: int, module: str, x: Tensor, tok: Segments, rank: Segments, training: bool
+    loras: LoraBatch,
+    layer: int,
+    module: str,
+    x: Tensor,
+    tok: Segments,
+    rank: Segments,
+    training: bool,
 ) -> Tensor:
     row = loras.layers.index(layer)
     A, B = loras.A[module][row], loras.B[module][row]

@@ -62,10 +62,7 @@ def lora_l1(loras: LoraBatch, *, padded: bool = False) -> Float[Tensor, ""]:
     lengths = loras.rank.lengths
     widest = max(lengths)
     weight = torch.cat(
-        [
-            torch.full((n,), 1.0 / (widest if padded else n), dtype=torch.float64)
-            for n in lengths
-        ]
+        [torch.full((n,), 1.0 / (widest if padded else n), dtype=torch.float64) for n in lengths]
     )
     total = next(iter(loras.A.values())).new_zeros(())
     for factors in (loras.A, loras.B):
@@ -84,4 +81,3 @@ def shift(labels: Int[Tensor, "row seq"]) -> tuple[Tensor, Tensor]:
         raise ValueError("the first token of a row is labelled, but nothing predicts it")
     rows, cols = (labels != -100).nonzero(as_tuple=True)
     return rows * labels.shape[1] + cols - 1, labels[rows, cols]
-

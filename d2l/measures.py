@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from d2l.intervals import wilson
+from .intervals import wilson
 
 NEAR = 2**0.25
 """An evaluated length stands for a wanted one within this factor."""
@@ -33,6 +33,24 @@ class Measurement:
     note: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One series at one length, seeds pooled; a memory that was not measured is NaN."""
+
+    tok: float
+    n_chunks: int
+    n: int
+    accuracy: float
+    ci_low: float
+    ci_high: float
+    gen_memory_mib: float
+    adapter_mib: float
+
+    def __str__(self) -> str:
+        chunks = f" ({self.n_chunks} chunk{'s' if self.n_chunks > 1 else ''})"
+        return f"{self.tok:,.0f} tok" + (chunks if self.n_chunks else "")
+
+
 Measure = Callable[..., Measurement]
 MEASURES: dict[str, Measure] = {}
 
@@ -43,27 +61,23 @@ def measure(function: Measure) -> Measure:
     return function
 
 
-def pool_seeds(table: pd.DataFrame, series: str) -> pd.DataFrame:
-    """Return one row per length of `series`: seeds pooled, with Wilson's 95 % interval.
+def single_seeds(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Split `table` by seed, in order."""
+    return [rows for _, rows in table.groupby("seed")]
 
-    Columns haystack_tok, n_chunks, n, accuracy, ci_low, ci_high, and the mean gen_memory_mib and
-    adapter_mib.  Raises NotTestable if the table holds no such series.
+
+def pool_seeds(table: pd.DataFrame, series: str) -> list[Point]:
+    """Return the curve of `series`, shortest first: seeds pooled, with Wilson's 95 % interval.
+
+    Memories are means over seeds.  Raises NotTestable if the table holds no such series.
     """
-    rows = table[table["series"] == series].dropna(subset=["accuracy"])
-    rows = rows.assign(hits=rows["accuracy"] * rows["n"])
-    if rows["n"].sum() == 0:
+    by_length: dict[float, list[dict[str, Any]]] = {}
+    for row in table.to_dict("records"):
+        if row["series"] == series and row["n"] > 0 and not math.isnan(row["accuracy"]):
+            by_length.setdefault(float(row["haystack_tok"]), []).append(row)
+    if not by_length:
         raise NotTestable(f"the table holds no measured rows of {series}")
-    pooled = rows.groupby("haystack_tok", as_index=False).agg(
-        n_chunks=("n_chunks", "max"),
-        n=("n", "sum"),
-        hits=("hits", "sum"),
-        gen_memory_mib=("gen_memory_mib", "mean"),
-        adapter_mib=("adapter_mib", "mean"),
-    )
-    hits = pooled.pop("hits").round()
-    intervals = [wilson(int(k), int(n)) for k, n in zip(hits, pooled["n"], strict=True)]
-    low, high = zip(*intervals, strict=True)
-    return pooled.assign(accuracy=hits / pooled["n"], ci_low=low, ci_high=high)
+    return [_pool(tok, rows) for tok, rows in sorted(by_length.items())]
 
 
 @measure
@@ -71,12 +85,8 @@ def accuracy_at_windows(
     table: pd.DataFrame, context: Mapping[str, Any], *, series: str, windows: float
 ) -> Measurement:
     """Accuracy at the evaluated length nearest to `windows` times the base's window."""
-    curve = pool_seeds(table, series)
-    wanted = windows * context["window"]
-    row = curve.loc[(np.log2(curve["haystack_tok"]) - math.log2(wanted)).abs().idxmin()]
-    if not wanted / NEAR <= row["haystack_tok"] <= wanted * NEAR:
-        raise NotTestable(f"{series} was not evaluated near {wanted:,.0f} tokens")
-    return Measurement(float(row["accuracy"]), f"at {_length(row)}, n = {row['n']:.0f}")
+    point = _nearest(pool_seeds(table, series), windows * context["window"], series)
+    return Measurement(point.accuracy, f"at {point}, n = {point.n}")
 
 
 @measure
@@ -92,20 +102,14 @@ def worst_accuracy_up_to(
 
     A document may exceed the bound by a twentieth, since lengths come in blocks.
     """
-    if tok is not None:
-        bound = tok
-    else:
-        bound = context["train_tok"] if windows is None else windows * context["window"]
-    curve = pool_seeds(table, series)
-    curve = curve[curve["haystack_tok"] <= 1.05 * bound]
-    if curve.empty:
+    bound = context["train_tok"] if windows is None else windows * context["window"]
+    bound = bound if tok is None else tok
+    curve = [p for p in pool_seeds(table, series) if p.tok <= 1.05 * bound]
+    if not curve or curve[-1].tok < bound / 2:
         raise NotTestable(f"{series} was not evaluated up to {bound:,.0f} tokens")
-    row = curve.loc[curve["accuracy"].idxmin()]
-    reach = curve["haystack_tok"].max()
-    if reach < bound / 2:
-        raise NotTestable(f"{series} was evaluated to {reach:,.0f} tokens of {bound:,.0f}")
-    note = f"lowest of {len(curve)} lengths to {reach:,.0f} tok, at {_length(row)}"
-    return Measurement(float(row["accuracy"]), note)
+    worst = min(curve, key=lambda p: p.accuracy)
+    note = f"lowest of {len(curve)} lengths to {curve[-1].tok:,.0f} tok, at {worst}"
+    return Measurement(worst.accuracy, note)
 
 
 @measure
@@ -114,15 +118,15 @@ def accuracy_kept_past_window(
 ) -> Measurement:
     """Best accuracy from 1.5 windows on, divided by the best inside the window."""
     curve, window = pool_seeds(table, series), context["window"]
-    inside = curve[curve["haystack_tok"] <= window]
-    past = curve[curve["haystack_tok"] >= 1.5 * window]
-    if inside.empty or past.empty:
+    inside = [p.accuracy for p in curve if p.tok <= window]
+    past = [p for p in curve if p.tok >= 1.5 * window]
+    if not inside or not past:
         raise NotTestable(f"{series} was not evaluated on both sides of {window:,.0f} tokens")
-    best, row = inside["accuracy"].max(), past.loc[past["accuracy"].idxmax()]
-    if best == 0:
+    if max(inside) == 0:
         raise NotTestable(f"{series} never answers, inside its window either")
-    note = f"{row['accuracy']:.3f} at {_length(row)} against {best:.3f} inside the window"
-    return Measurement(float(row["accuracy"] / best), note)
+    best = max(past, key=lambda p: p.accuracy)
+    note = f"{best.accuracy:.3f} at {best} (n = {best.n}) against {max(inside):.3f} inside"
+    return Measurement(best.accuracy / max(inside), note)
 
 
 @measure
@@ -133,22 +137,18 @@ def windows_until_fall(
 
     The longest evaluated length if it never does, 0 if the shortest is already below.
     """
-    curve = pool_seeds(table, series).reset_index(drop=True)
-    below = curve.index[curve["accuracy"] < level]
-    window = context["window"]
-    if below.empty:
-        last = curve.iloc[-1]
-        note = f"still {last['accuracy']:.3f} at {_length(last)}, the longest evaluated"
-        return Measurement(float(last["haystack_tok"] / window), note)
-    first = int(below[0])
-    if first == 0:
-        return Measurement(0.0, f"below {level} at the shortest, {_length(curve.iloc[0])}")
-    a, b = curve.iloc[first - 1], curve.iloc[first]
-    share = (a["accuracy"] - level) / (a["accuracy"] - b["accuracy"])
-    log_tok = (1 - share) * math.log2(a["haystack_tok"]) + share * math.log2(b["haystack_tok"])
-    note = f"about {2**log_tok:,.0f} tok; {a['accuracy']:.3f} at {_length(a)}, "
-    note += f"{b['accuracy']:.3f} at {_length(b)}"
-    return Measurement(float(2**log_tok / window), note)
+    curve, window = pool_seeds(table, series), context["window"]
+    below = next((i for i, p in enumerate(curve) if p.accuracy < level), None)
+    if below is None:
+        note = f"still {curve[-1].accuracy:.3f} at {curve[-1]}, the longest evaluated"
+        return Measurement(curve[-1].tok / window, note)
+    if below == 0:
+        return Measurement(0.0, f"below {level} at the shortest, {curve[0]}")
+    a, b = curve[below - 1], curve[below]
+    share = (a.accuracy - level) / (a.accuracy - b.accuracy)
+    tok = a.tok * (b.tok / a.tok) ** share
+    note = f"about {tok:,.0f} tok; {a.accuracy:.3f} at {a}, {b.accuracy:.3f} at {b}"
+    return Measurement(tok / window, note)
 
 
 @measure
@@ -160,16 +160,16 @@ def memory_exponent(
     Least squares in log-log from `from_windows` windows on (a short document weighs less than the
     question), over a factor of four in length.  The adapter is not counted.
     """
-    curve = pool_seeds(table, series).dropna(subset=["gen_memory_mib"])
-    long_enough = curve["haystack_tok"] >= from_windows * context["window"]
-    curve = curve[long_enough & (curve["gen_memory_mib"] > 0)]
-    if len(curve) < 3 or curve["haystack_tok"].max() < 4 * curve["haystack_tok"].min():
+    shortest = max(1.0, from_windows * context["window"])
+    curve = [p for p in pool_seeds(table, series) if p.tok >= shortest and p.gen_memory_mib > 0]
+    if len(curve) < 3 or curve[-1].tok < 4 * curve[0].tok:
         raise NotTestable(f"too few lengths with a measured memory of {series}")
-    slope = np.polyfit(np.log(curve["haystack_tok"]), np.log(curve["gen_memory_mib"]), 1)[0]
-    a, b = curve.iloc[0], curve.iloc[-1]
-    note = f"{a['gen_memory_mib']:.3g} MiB at {_length(a)}, "
-    note += f"{b['gen_memory_mib']:.3g} MiB at {_length(b)}"
-    return Measurement(float(slope), note)
+    a, b = curve[0], curve[-1]
+    slope, _ = statistics.linear_regression(
+        [math.log(p.tok) for p in curve], [math.log(p.gen_memory_mib) for p in curve]
+    )
+    note = f"{_mib(a.gen_memory_mib)} MiB at {a}, {_mib(b.gen_memory_mib)} MiB at {b}"
+    return Measurement(slope, note)
 
 
 @measure
@@ -177,27 +177,27 @@ def largest_memory_mib(
     table: pd.DataFrame, context: Mapping[str, Any], *, series: str
 ) -> Measurement:
     """Largest memory for generation at any length, adapter not counted."""
-    curve = pool_seeds(table, series).dropna(subset=["gen_memory_mib"])
-    if curve.empty:
-        raise NotTestable(f"no measured memory of {series}")
-    row = curve.loc[curve["gen_memory_mib"].idxmax()]
-    return Measurement(float(row["gen_memory_mib"]), f"at {_length(row)}")
+    curve = [p for p in pool_seeds(table, series) if p.gen_memory_mib >= 0]
+    if not curve:
+        raise NotTestable(f"the memory of {series} was not measured")
+    most = max(curve, key=lambda p: p.gen_memory_mib)
+    return Measurement(most.gen_memory_mib, f"at {most}")
 
 
 @measure
 def memory_share_with_adapter(
     table: pd.DataFrame, context: Mapping[str, Any], *, series: str, of: str
 ) -> Measurement:
-    """Memory of `series`, adapter counted, over that of `of`, at the longest length of both."""
-    ours = pool_seeds(table, series).dropna(subset=["gen_memory_mib", "adapter_mib"])
-    theirs = pool_seeds(table, of).dropna(subset=["gen_memory_mib"])
-    both = ours.merge(theirs, on="haystack_tok", suffixes=("", "_of"))
-    if both.empty:
-        raise NotTestable(f"no length where the memory of both {series} and {of} was measured")
-    row = both.loc[both["haystack_tok"].idxmax()]
-    counted = row["gen_memory_mib"] + row["adapter_mib"]
-    note = f"{counted:.3g} of {row['gen_memory_mib_of']:.3g} MiB at {_length(row)}"
-    return Measurement(float(counted / row["gen_memory_mib_of"]), note)
+    """Memory of `series`, adapter counted, over that of `of`, at the longest length of `of`."""
+    ours = [p for p in pool_seeds(table, series) if p.gen_memory_mib + p.adapter_mib >= 0]
+    theirs = [p for p in pool_seeds(table, of) if p.gen_memory_mib > 0]
+    if not ours or not theirs:
+        raise NotTestable(f"the memory of {series} or of {of} was not measured")
+    full = theirs[-1]
+    point = _nearest(ours, full.tok, series)
+    counted = point.gen_memory_mib + point.adapter_mib
+    note = f"{_mib(counted)} of {_mib(full.gen_memory_mib)} MiB at {point}"
+    return Measurement(counted / full.gen_memory_mib, note)
 
 
 @measure
@@ -209,16 +209,36 @@ def highest_plausible_accuracy(
     For a control that should be at chance: small means that nothing above it is plausible.
     """
     curve = pool_seeds(table, series)
-    n = int(curve["n"].sum())
+    n = sum(p.n for p in curve)
     if n < min_n:
         raise NotTestable(f"{n} questions of {series} cannot exclude luck, {min_n} would")
-    hits = round(float((curve["accuracy"] * curve["n"]).sum()))
+    hits = round(sum(p.accuracy * p.n for p in curve))
     return Measurement(wilson(hits, n)[1], f"{hits} of {n:,} correct, over all lengths")
 
 
-def _length(row: pd.Series) -> str:
-    chunks = row["n_chunks"]
-    shown = f"{row['haystack_tok']:,.0f} tok"
-    if pd.notna(chunks) and chunks > 0:
-        shown += f" ({chunks:.0f} chunk{'s' if chunks != 1 else ''})"
-    return shown
+def _pool(tok: float, rows: list[dict[str, Any]]) -> Point:
+    n = sum(int(row["n"]) for row in rows)
+    hits = round(sum(row["accuracy"] * row["n"] for row in rows))
+    chunks = [row["n_chunks"] for row in rows if row["n_chunks"] == row["n_chunks"]]
+    return Point(
+        tok=tok,
+        n_chunks=int(max(chunks, default=0)),
+        n=n,
+        accuracy=hits / n,
+        ci_low=wilson(hits, n)[0],
+        ci_high=wilson(hits, n)[1],
+        gen_memory_mib=statistics.fmean(row["gen_memory_mib"] for row in rows),
+        adapter_mib=statistics.fmean(row["adapter_mib"] for row in rows),
+    )
+
+
+def _nearest(curve: list[Point], wanted_tok: float, series: str) -> Point:
+    """Return the point whose length is nearest to `wanted_tok`, if it is near enough."""
+    point = min(curve, key=lambda p: abs(math.log(max(p.tok, 1) / wanted_tok)))
+    if not 1 / NEAR <= point.tok / wanted_tok <= NEAR:
+        raise NotTestable(f"{series} was not evaluated near {wanted_tok:,.0f} tokens")
+    return point
+
+
+def _mib(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

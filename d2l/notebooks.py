@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from d2l.experiments import unknown
+from .experiments import unknown
 
 
 class NotebookError(RuntimeError):
@@ -66,6 +66,7 @@ def execute(notebook: Path, executed: Path, given: Mapping[str, Any], quiet: boo
             kernel_name="python3",
             cwd=str(notebook.parent),
             progress_bar=False,
+            extra_arguments=["--log-level=ERROR"],
             stdout_file=None if quiet else sys.stdout,
             stderr_file=None if quiet else sys.stderr,
         )

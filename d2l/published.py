@@ -7,9 +7,8 @@ nothing that it names is imported or run (spec section 11).
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import save_hypernet
-from .config import (
-    ChunkConfig,
-    EncoderConfig,
-    HypernetConfig,
-    LoraConfig,
-    PerceiverConfig,
-    from_dict,
-)
+from .config import ChunkConfig, HypernetConfig, from_dict
 from .hypernet import Hypernet, TargetShapes
 
 _CLASSES = (
@@ -36,7 +28,6 @@ _CLASSES = (
     "peft.utils.peft_types.PeftType",
     "peft.utils.peft_types.TaskType",
 )
-_OLDER = {"num_pre_head_layers": 4, "use_bias": True}
 _RENAMED = (
     (r"perceiver\.projection\.(\w+)", r"aggregator.perceiver.modality_projection.\1_proj"),
     (r"perceiver\.(\w+)\.latents", r"aggregator.perceiver.\1.latents_q"),
@@ -163,6 +154,16 @@ def convert(
     return ours, out
 
 
+def to_published(hypernet: Hypernet, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename tensors of ``hypernet``, parameters or their gradients, to the published layout."""
+    config, n_modules = hypernet.config, len(hypernet.targets.modules)
+    out = {}
+    for name, value in named.items():
+        key, shape = _origin(name, tuple(value.shape), config, n_modules)
+        out[key] = (value.mT if _is_linear(name, config) else value).reshape(shape)
+    return out
+
+
 def hypernet_config(config: Mapping[str, Any]) -> HypernetConfig:
     """Translate the published options that `convert` takes."""
     try:
@@ -199,50 +200,50 @@ def _translate(
             "per_rank_gen=False cannot be loaded: the published code itself fails with it (its "
             "head expects an embedding for every rank), so no trained weights of that kind exist"
         )
-    for name, found, needed in (
-        ("aggregator_type", aggregator.get("aggregator_type", "perceiver"), "perceiver"),
-        ("num_extra_modules", aggregator.get("num_extra_modules") or 0, 0),
-        ("extra_modules", list(config.get("extra_modules") or ()), []),
-        ("output_size", aggregator.get("output_size", config["latent_size"]), config["latent_size"]),
-        ("lora_r", aggregator.get("lora_r", config["lora_r"]), config["lora_r"]),
-        ("num_modules", aggregator.get("num_modules", len(targets.modules)), len(targets.modules)),
-        (
-            "layer_to_layer_ctx_encoder",
-            aggregator.get("layer_to_layer_ctx_encoder", kind == "per_layer_activations"),
-            kind == "per_layer_activations",
-        ),
-    ):
-        if found != needed:
-            raise ValueError(f"cannot load a checkpoint with {name}={found!r}: it must be {needed!r}")
-    per_layer = bool(config["per_layer_processing"])
-    all_layers = targets.layers == tuple(range(len(targets.layers)))
-    encoder = {
-        "kind": kind,
-        "layer_idx": args.get("layer_idx"),
-        "last_layer": args.get("ctx_encoder_last_layer"),
-        "model": args.get("ctx_encoder_model_name_or_path"),
+    required = {
+        "aggregator_type": "perceiver",
+        "num_extra_modules": 0,
+        "output_size": config["latent_size"],
+        "lora_r": config["lora_r"],
+        "num_modules": len(targets.modules),
+        "layer_to_layer_ctx_encoder": kind == "per_layer_activations",
     }
-    return HypernetConfig(
-        encoder=from_dict(EncoderConfig, encoder),
-        perceiver=PerceiverConfig(
-            d_latent=config["latent_size"],
-            n_latents=aggregator["n_latent_queries"],
-            n_blocks=aggregator["num_blocks"],
-            n_self_attn_per_block=aggregator.get("num_self_attn_per_block", 0),
-            shared_weights=bool(aggregator.get("shared_weights", False)),
-        ),
-        lora=LoraConfig(
-            rank=config["lora_r"],
-            scale=float(config["lora_alpha"]),
-            target_modules=targets.modules,
-            layers=None if all_layers else targets.layers,
-            dropout=float(config.get("lora_dropout") or 0.0),
-        ),
-        n_pre_head_layers=config.get("num_pre_head_layers", _OLDER["num_pre_head_layers"]),
-        per_layer_processing=per_layer,
-        use_bias=bool(config.get("use_bias", _OLDER["use_bias"])),
-        mlp_dropout=0.0 if per_layer else float(config.get("dropout_rate") or 0.0),
-    )
+    given = {name: aggregator.get(name, value) for name, value in required.items()}
+    given["extra_modules"] = config.get("extra_modules") or None
+    for name, value in given.items():
+        if value != required.get(name):
+            raise ValueError(
+                f"cannot load a checkpoint with {name}={value!r}: it must be {required.get(name)!r}"
+            )
+    per_layer = config["per_layer_processing"]
+    all_layers = targets.layers == tuple(range(len(targets.layers)))
+    options = {
+        "encoder": {
+            "kind": kind,
+            "layer_idx": args.get("layer_idx"),
+            "last_layer": args.get("ctx_encoder_last_layer"),
+            "model": args.get("ctx_encoder_model_name_or_path"),
+        },
+        "perceiver": {
+            "d_latent": config["latent_size"],
+            "n_latents": aggregator["n_latent_queries"],
+            "n_blocks": aggregator["num_blocks"],
+            "n_self_attn_per_block": aggregator.get("num_self_attn_per_block", 0),
+            "shared_weights": aggregator.get("shared_weights", False),
+        },
+        "lora": {
+            "rank": config["lora_r"],
+            "scale": config["lora_alpha"],
+            "target_modules": targets.modules,
+            "layers": None if all_layers else targets.layers,
+            "dropout": config.get("lora_dropout") or 0.0,
+        },
+        "n_pre_head_layers": config.get("num_pre_head_layers", 4),
+        "per_layer_processing": per_layer,
+        "use_bias": config.get("use_bias", True),
+        "mlp_dropout": 0.0 if per_layer else config.get("dropout_rate") or 0.0,
+    }
+    return from_dict(HypernetConfig, options)
 
 
 def _width(config: Mapping[str, Any]) -> int:
@@ -288,31 +289,38 @@ def _checked(key: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     return value
 
 
-def _few(names: Any) -> str:
+def _few(names: Iterable[str]) -> str:
     shown = [repr(n) for n in names]
-    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "") or "none"
+    rest = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    return ", ".join(shown[:4]) + rest or "none"
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
     """Load the pickle with stand-ins for its known classes; return plain values and tensors."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the path of a pytorch_model.bin")
+    stubs = {name: _stub(name) for name in _CLASSES}
     try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        foreign = sorted({*named} - {*_CLASSES, "__builtin__.set", "builtins.set"})
-        if foreign:
-            raise ValueError(
-                f"{path} names {_few(foreign)}, which no released checkpoint needs; refused, "
-                "because reading it could run code"
-            )
-        stubs = [_stub(name) for name in _CLASSES]
-        with torch.serialization.safe_globals([*zip(stubs, _CLASSES, strict=True), set]):
-            data = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, AttributeError) as error:
+        foreign = {*torch.serialization.get_unsafe_globals_in_checkpoint(str(path))} - {
+            *_CLASSES, "__builtin__.set", "builtins.set",
+        }  # fmt: skip
+        if not foreign:
+            allowed = [(stub, name) for name, stub in stubs.items()]
+            with torch.serialization.safe_globals([*allowed, set]):
+                data = torch.load(path, weights_only=True, map_location="cpu")
+            data = _plain(data, tuple(stubs.values()))
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
         raise ValueError(f"{path} cannot be read as a released checkpoint: {error}") from error
+    if foreign:
+        raise ValueError(
+            f"{path} names {_few(sorted(foreign))}, which no released checkpoint needs; refused, "
+            "because reading it could run code"
+        )
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}, not a released checkpoint")
-    return {str(key): _plain(value, tuple(stubs)) for key, value in data.items()}
+    return data
 
 
 def _stub(name: str) -> type:
@@ -325,9 +333,7 @@ def _plain(value: Any, stubs: tuple[type, ...]) -> Any:
     if isinstance(value, str):
         return str(value)
     if isinstance(value, stubs):
-        value = {
-            k: v.tolist() if isinstance(v, Tensor) else v for k, v in vars(value).items()
-        }
+        value = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in vars(value).items()}
     if isinstance(value, dict):
         return {k: _plain(v, stubs) for k, v in value.items()}
     if isinstance(value, set):

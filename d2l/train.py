@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from d2l_kernels import topk_distill
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .config import config_id
 from .data.example import Batch, Example
@@ -30,7 +30,7 @@ from .lora import ChunkLora, LoraBatch, route_rows
 from .losses import Averaging, average, lora_l1, shift
 from .model import DocToLoRA
 
-_NO_DECAY = ("scaler", "bias", "norm", "latents", "gate")
+_NO_DECAY = ("scaler", "bias", "norm", "latents", "gate_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,9 @@ class Objective(nn.Module):
             raise ValueError("loss 'kl' needs the teacher's top-k for every query; one has none")
         logprob = [row for q in batch.queries for row in q.teacher_logprob or ()]
         index = [row for q in batch.queries for row in q.teacher_idx or ()]
-        return torch.tensor(logprob, device=target.device), torch.tensor(index, device=target.device)
+        return torch.tensor(logprob, device=target.device), torch.tensor(
+            index, device=target.device
+        )
 
 
 def pad_queries(batch: Batch, pad: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +139,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Split parameters: norms, biases, scalers, latents and gates are not decayed."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    kept = [p for n, p in named if any(part in n for part in _NO_DECAY) or n.endswith((".b1", ".b2"))]
+    kept = [
+        p for n, p in named if any(part in n for part in _NO_DECAY) or n.endswith((".b1", ".b2"))
+    ]
     chosen = set(map(id, kept))
     decayed = [p for _, p in named if id(p) not in chosen]
     return [
@@ -186,15 +190,20 @@ def train(
         size = config.docs_per_micro_batch
         micros = [local[i : i + size] for i in range(0, len(local), size)]
         sums = torch.zeros(4, dtype=torch.float64)
+        torch.manual_seed((config.seed << 32) + step * n_proc + rank)  # dropout follows the step
         for i, micro in enumerate(micros):
             ready = i == len(micros) - 1
             with accelerator.no_sync(wrapped) if not ready else nullcontext():
                 out = wrapped(Batch.of(micro), len(window), n_labels)
                 accelerator.backward(out["total"] * n_proc)
-            sums += torch.stack([out[k].detach().double().cpu() for k in ("total", "loss", "l1", "hits")])
+            sums += torch.stack(
+                [out[k].detach().double().cpu() for k in ("total", "loss", "l1", "hits")]
+            )
         sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
         if not sums.isfinite().all():
-            raise FloatingPointError(f"step {step}: the loss is {sums[0].item()}; lower the learning rate")
+            raise FloatingPointError(
+                f"step {step}: the loss is {sums[0].item()}; lower the learning rate"
+            )
         norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -209,7 +218,11 @@ def train(
             "lr": learning_rate(step, config),
         }
         done = step + 1
-        if evaluate and config.eval_every and (done % config.eval_every == 0 or done == config.steps):
+        if (
+            evaluate
+            and config.eval_every
+            and (done % config.eval_every == 0 or done == config.steps)
+        ):
             if accelerator.is_main_process:
                 wrapped.eval()
                 row |= evaluate(done)
@@ -229,7 +242,7 @@ def read_curve(run_dir: Path) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
 
 
-def _save(run_dir: Path, identity: str, step: int, objective: Objective, optimizer) -> None:
+def _save(run_dir: Path, identity: str, step: int, objective: Objective, optimizer: Any) -> None:
     state = {
         "identity": identity,
         "step": step,
@@ -241,7 +254,7 @@ def _save(run_dir: Path, identity: str, step: int, objective: Objective, optimiz
     os.replace(part, run_dir / "checkpoint.pt")
 
 
-def _resume(run_dir: Path, identity: str, objective: Objective, optimizer) -> int:
+def _resume(run_dir: Path, identity: str, objective: Objective, optimizer: Any) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "checkpoint.pt"
     if not path.exists():
@@ -293,9 +306,7 @@ class _Log:
         with part.open("w", newline="") as f:
             writer = csv.DictWriter(f, columns)
             writer.writeheader()
-            writer.writerows(
-                {k: f"{v:.6g}" for k, v in r.items()} for r in self.rows
-            )
+            writer.writerows({k: f"{v:.6g}" for k, v in r.items()} for r in self.rows)
         os.replace(part, self.path)
 
     def close(self) -> None:

@@ -1,0 +1,1 @@
+"""Tasks as token ids: documents, questions, answers, all generated from seeds."""

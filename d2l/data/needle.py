@@ -135,6 +135,13 @@ class NeedleGenerator:
         rng = random.Random(f"{self.split}/{config.filler}/{config.needle}/{config.words}/{seed}")
         return [self.sample(rng, min_tok, max_tok, i % N_DEPTHS) for i in range(n)]
 
+    def bare(self, rng: random.Random) -> NeedleSample:
+        """Draw a document that is the needle line alone: the easiest step of a curriculum."""
+        answer = self._draw_answer(rng)
+        needle = _needle_atoms(self._line, answer)
+        ids = self._pieces.line(needle, first=True, last=True)
+        return NeedleSample("".join(needle), self.question, answer, 0, len(ids), list(ids))
+
     def filler_ids(self, rng: random.Random, n_tok: int) -> list[int]:
         """Return about ``n_tok`` token ids (at least) of haystack without a needle."""
         blocks: list[Sequence[str]] = []

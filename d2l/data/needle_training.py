@@ -16,15 +16,14 @@ from ..lm.base import chat_affixes, render_chat
 from .example import Example, Query
 from .needle import NeedleGenerator, NeedleSample
 
-
-_SHORTEST, _HALF_BIN = 48, 24
+_SHORTEST, _HALF_BIN, _BARE_UNTIL = 48, 24, 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class NeedleStream:
     """What the training stream holds; shares are probabilities per document.
 
-    ``max_tok`` bounds a whole training document.  It is reached from the shortest documents over
+    ``max_tok`` bounds a whole training document.  It is reached from the bare needle over
     ``curriculum`` (share of the run); cutting and compositions begin after it.  A composition is
     one chunk with the needle and chunks of filler alone, drawn from a pool of ``pool`` chunks that
     the batch shares, each with a multiplicity, up to ``max_chunks`` chunks in all.
@@ -42,7 +41,8 @@ class NeedleStream:
 
 class NeedleTraining:
     """Build the examples of one step for one tokenizer (paper section 4.1, with compositions of
-    filler chunks added: spec section 9 cuts, this stream also repeats)."""
+    filler chunks added: spec section 9 cuts, this stream also repeats).
+    """
 
     def __init__(self, tokenizer: Any, stream: NeedleStream, chunk: ChunkConfig, seed: int) -> None:
         self.stream, self.chunk, self.seed = stream, chunk, seed
@@ -54,7 +54,10 @@ class NeedleTraining:
             for filler in ("repeat", "prose")
             for needle in ("digits", "word")
         }
-        self._prompts = {n: render_chat(tokenizer, self._generators["repeat", n].question) for n in ("digits", "word")}
+        self._prompts = {
+            n: render_chat(tokenizer, self._generators["repeat", n].question)
+            for n in ("digits", "word")
+        }
         self._frame = sum(map(len, self._affixes))
 
     def batch(self, step: int, n_steps: int, n_docs: int) -> list[Example]:
@@ -67,11 +70,9 @@ class NeedleTraining:
             for i in range(n_docs)
         ]
 
-    def _example(
-        self, rng: random.Random, grown: float, pool: list[tuple[int, ...]]
-    ) -> Example:
+    def _example(self, rng: random.Random, grown: float, pool: list[tuple[int, ...]]) -> Example:
         s = self.stream
-        mixed = grown == 1.0 or rng.random() < grown
+        mixed = rng.random() < grown**2
         filler = "prose" if mixed and rng.random() < s.prose_share else "repeat"
         needle = "word" if mixed and rng.random() < s.word_share else "digits"
         compose = bool(pool) and rng.random() < s.compose_share
@@ -79,7 +80,9 @@ class NeedleTraining:
         limit = _SHORTEST + grown * (longest - _SHORTEST)
         middle = int(rng.uniform(_SHORTEST, max(_SHORTEST, limit - _HALF_BIN)))
         bin_ = max(1, middle - _HALF_BIN), middle + _HALF_BIN
-        sample = self._generators[filler, needle].sample(rng, *bin_)
+        generator = self._generators[filler, needle]
+        bare = rng.random() < 1.0 - grown / _BARE_UNTIL
+        sample = generator.bare(rng) if bare else generator.sample(rng, *bin_)
         if compose:
             chunks, weights = self._compose(rng, sample, pool)
         else:
@@ -93,8 +96,9 @@ class NeedleTraining:
     def _cut(self, rng: random.Random, sample: NeedleSample, grown: float) -> list[list[int]]:
         prefix, suffix = self._affixes
         ids = [*prefix, *sample.document_ids, *suffix]
-        one = grown < 1.0 or rng.random() >= self.stream.cut_share
-        probs = {1: 1.0} if one else {n: p for n, p in PUBLISHED_CHUNK_PROBS.items() if n > 1}
+        if grown < 1.0 or rng.random() >= self.stream.cut_share:
+            return split(ids, 1, prefix, suffix)
+        probs = {n: p for n, p in PUBLISHED_CHUNK_PROBS.items() if n > 1}
         return split(ids, sample_chunks(len(ids), self.chunk, rng, probs), prefix, suffix)
 
     def _compose(

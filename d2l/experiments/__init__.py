@@ -53,7 +53,7 @@ EXPERIMENTS = {
             default_scale="small",
             cost={
                 "smoke": "under 20 s",
-                "tiny": "up to 15 min, from scratch",
+                "tiny": "minutes; with --retrain up to 15 min, everything from scratch",
                 "small": "up to 15 min, from the shipped hypernetwork",
                 "paper": "one GPU; training took the authors about 3 h on an H200",
             },

@@ -7,6 +7,7 @@ asks the run for its table, its figure and its verdicts.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -18,9 +19,9 @@ from typing import Any
 
 import pandas as pd
 
-from d2l import artifacts, claims, experiments
-from d2l.config import config_id, diff, to_dict
-from d2l.figures import Figure, save_figure
+from .. import artifacts, claims, experiments
+from ..config import config_id, diff, to_dict
+from ..figures import Figure, save_figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Run:
         return _by_length(self.table, ["series"])
 
     def variant_accuracy(self) -> pd.DataFrame:
-        """Return accuracy by haystack length and (filler, needle, series); empty without variants."""
+        """Return accuracy by haystack length and (filler, needle, series), if measured."""
         if self.variants is None:
             return pd.DataFrame()
         return _by_length(self.variants, ["filler", "needle", "series"])
@@ -213,16 +214,18 @@ def _show(value: Any) -> str:
 
 
 def _check_writable(folder: Path) -> None:
+    """Try a small file in `folder`, or where it will be made; nothing is left behind."""
+    place = next(p for p in (folder, *folder.parents) if p.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.write_bytes(b"0")
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{place} is no folder")
+        probe = place / f".probe.{os.getpid()}"
+        probe.write_bytes(b"0" * 4096)
         probe.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(
-            error.errno, f"cannot write to {folder}: {reason}; choose another with out_dir"
-        ) from error
+        message = f"cannot write to {folder}: {reason}; free space or choose another with out_dir"
+        raise OSError(error.errno, message) from error
 
 
 def _why_no_model(model: str) -> str | None:

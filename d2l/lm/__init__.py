@@ -1,0 +1,1 @@
+"""Frozen language models: loading, chat templates, activations, and hooks for adapters."""

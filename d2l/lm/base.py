@@ -80,10 +80,11 @@ def load_base(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> LanguageModel:
     """Load a frozen base by name: one of ``KNOWN_BASES``, a folder, or a hub name ``org/model``.
 
+    ``attn_implementation`` None takes the fastest that the architecture allows.
     Code from a model's repository is never run.  Raises ValueError for an unknown name and for
     damaged files, OSError when a model cannot be fetched.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from d2l_kernels import Segments
@@ -58,7 +59,9 @@ class ContextEncoder:
         """
         segments = Segments.of(len(c) for c in chunks)
         if not chunks or min(segments.lengths) == 0:
-            raise ValueError(f"every chunk needs at least one token, got lengths {segments.lengths}")
+            raise ValueError(
+                f"every chunk needs at least one token, got lengths {segments.lengths}"
+            )
         device = self.model.get_input_embeddings().weight.device
         longest = max(segments.lengths)
         packed = (layout or self.layout) == "packed"
@@ -76,7 +79,9 @@ class ContextEncoder:
                     [torch.arange(s, s + n) for s, n in zip(starts, segments.lengths, strict=True)]
                 ).to(device)
                 lengths = torch.tensor(segments.lengths, device=device)
-                inputs["attention_mask"] = (torch.arange(longest, device=device) < lengths[:, None]).long()
+                inputs["attention_mask"] = (
+                    torch.arange(longest, device=device) < lengths[:, None]
+                ).long()
         grad = torch.is_grad_enabled()
 
         def emit(hidden: Tensor) -> None:
@@ -111,13 +116,13 @@ class _Tap(nn.Module):
         super().__init__()
         self.__dict__["inner"], self.__dict__["emit"] = layer, emit
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         inner = self.__dict__.get("inner")
         if inner is None:
             raise AttributeError(name)
         return getattr(inner, name)
 
-    def forward(self, hidden: Tensor, *args, **kwargs):
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.emit(hidden)
         inner = self.__dict__["inner"]
         return hidden if inner is None else inner(hidden, *args, **kwargs)

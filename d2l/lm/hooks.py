@@ -75,7 +75,7 @@ def applied(model: nn.Module, delta: Delta | None) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def _hook(model: nn.Module, layer: int, module: str):
+def _hook(model: nn.Module, layer: int, module: str) -> Callable[..., Tensor | None]:
     def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
         active = _ACTIVE.get()
         if active is None or active[0] is not model:

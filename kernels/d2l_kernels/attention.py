@@ -24,7 +24,7 @@ def cross_attention(
 
     Raises ValueError when segments and tensors disagree or heads do not divide.
     """
-    n_seg, n_latent, n_heads, d_head = q.shape
+    n_seg, n_latent, n_heads, _d_head = q.shape
     n_tok, n_kv, _ = k.shape
     if n_heads % n_kv:
         raise ValueError(f"{n_heads} query heads are not a multiple of {n_kv} KV heads")
@@ -44,7 +44,9 @@ def cross_attention(
         )
         out = torch.cat(
             [
-                F.scaled_dot_product_attention(r, k_i.transpose(0, 1)[None], v_i.transpose(0, 1)[None])
+                F.scaled_dot_product_attention(
+                    r, k_i.transpose(0, 1)[None], v_i.transpose(0, 1)[None]
+                )
                 if k_i.shape[0]
                 else torch.zeros_like(r)
                 for r, k_i, v_i in pieces

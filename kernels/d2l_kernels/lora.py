@@ -37,8 +37,6 @@ def segmented_lora(
         down = torch.bmm(h.view(n, -1, h.shape[1]), A.view(n, -1, A.shape[1]).mT)
         y = torch.bmm(down, B.view(n, -1, B.shape[1])).flatten(0, 1)
     else:
-        parts = zip(
-            h.split(tok.lengths), A.split(rank.lengths), B.split(rank.lengths), strict=True
-        )
+        parts = zip(h.split(tok.lengths), A.split(rank.lengths), B.split(rank.lengths), strict=True)
         y = torch.cat([(h_i @ A_i.mT) @ B_i for h_i, A_i, B_i in parts])
     return (y * scale).to(x.dtype)

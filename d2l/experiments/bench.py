@@ -1,0 +1,30 @@
+"""`just bench`: the cost of internalising long documents with the hypernetworks that ship."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from ..artifacts import describe_device, paper_dir, write_csv, write_json
+from ..bench import internalize_cost
+from ..checkpoint import load_model
+from .fig2 import config, weights_dir
+from .needle import load
+
+LENGTHS = {"tiny": (2048, 8192), "small": (8192, 32768, 131072)}
+
+
+def run(scale: str, repeats: int) -> tuple[Path, pd.DataFrame]:
+    """Measure `internalize_cost` at every length of a scale and write it under results/bench.
+
+    Raises ValueError for a scale without shipped weights.
+    """
+    if scale not in LENGTHS:
+        raise ValueError(f"scale must be one of {', '.join(LENGTHS)}, got {scale!r}")
+    model = load_model(weights_dir(scale, 0), load(config(scale)))
+    table = pd.DataFrame([internalize_cost(model, n, repeats=repeats) for n in LENGTHS[scale]])
+    folder = paper_dir() / "results" / "bench" / scale
+    write_csv(folder / "internalize.csv", table)
+    write_json(folder / "device.json", describe_device())
+    return folder, table

@@ -1,0 +1,108 @@
+"""Encoder features against `output_hidden_states` of the whole model, in several families."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, FINAL_NORM, chunks, language_model
+
+from d2l.config import EncoderConfig
+from d2l.lm.encoder import ContextEncoder
+from d2l.lm.hooks import decoder_of
+
+LENGTHS = (5, 2, 7)
+
+
+def features(model, config, ids, layout="padded"):
+    found = []
+    segments = ContextEncoder(model, config)(ids, found.append, layout=layout)
+    assert segments.lengths == tuple(map(len, ids))
+    return found
+
+
+@torch.no_grad()
+def reference(model, family, kind, ids, n_run):
+    """One chunk at a time through the whole model, hidden states stored."""
+    decoder, _ = decoder_of(model)
+    norm = getattr(decoder, FINAL_NORM.get(family, "norm"))
+    states = [model(input_ids=c[None], output_hidden_states=True).hidden_states for c in ids]
+    joined = [torch.cat([s[i][0] for s in states]) for i in range(len(states[0]))]
+    if kind == "embed_only":
+        return [joined[0]]
+    last = joined[-1] if n_run == len(joined) - 1 else norm(joined[n_run])
+    return [*joined[:n_run], last] if kind == "per_layer_activations" else [last]
+
+
+CONFIGS = [
+    (EncoderConfig(), 2),
+    (EncoderConfig(last_layer=2), 1),
+    (EncoderConfig(last_layer=4), 3),
+    (EncoderConfig("early_exit", layer_idx=1), 1),
+    (EncoderConfig("early_exit"), 3),
+    (EncoderConfig("embed_only"), 0),
+]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize(("config", "n_run"), CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_equal_stored_hidden_states(family, config, n_run, layout):
+    model, ids = language_model(family).model, chunks(*LENGTHS)
+    found = features(model, config, ids, layout)
+    expected = reference(model, family, config.kind, ids, n_run)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("config", "n_run"), CONFIGS)
+def test_it_stops_at_the_last_layer_that_it_needs(config, n_run):
+    model, ran = language_model().model, []
+    decoder, name = decoder_of(model)
+    for i, layer in enumerate(getattr(decoder, name)):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    features(model, config, chunks(3))
+    assert ran == list(range(n_run))
+    assert len(getattr(decoder, name)) == 3
+
+
+def test_chunks_of_equal_length_need_no_mask():
+    model, ids = language_model().model, chunks(4, 4)
+    together = features(model, EncoderConfig(), ids)
+    apart = [features(model, EncoderConfig(), [c]) for c in ids]
+    for a, b, c in zip(together, *apart, strict=True):
+        torch.testing.assert_close(a, torch.cat([b, c]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_runs_without_gradient_and_the_consumer_with_it():
+    model, scale = language_model().model, torch.ones((), requires_grad=True)
+    model.requires_grad_(True)
+    seen = []
+
+    def consume(feature):
+        assert torch.is_grad_enabled()
+        assert not feature.requires_grad
+        seen.append((feature * scale).sum())
+
+    ContextEncoder(model, EncoderConfig())(chunks(3, 4), consume)
+    sum(seen).backward()
+    assert scale.grad is not None
+    assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        ContextEncoder(model, EncoderConfig())(
+            chunks(3), lambda f: seen.append(torch.is_grad_enabled())
+        )
+    assert seen[-1] is False
+
+
+@pytest.mark.parametrize(
+    "config",
+    [EncoderConfig(last_layer=5), EncoderConfig(last_layer=0), EncoderConfig("early_exit", 4)],
+)
+def test_layers_that_are_not_there_are_refused(config):
+    with pytest.raises(ValueError, match="the encoder has 3 layers"):
+        ContextEncoder(language_model().model, config)
+
+
+@pytest.mark.parametrize("lengths", [(), (3, 0)])
+def test_empty_chunks_are_refused(lengths):
+    with pytest.raises(ValueError, match="at least one token"):
+        ContextEncoder(language_model().model, EncoderConfig())(chunks(*lengths), print)

@@ -1,0 +1,161 @@
+"""Initialisation, first gradients and options of the hypernetwork."""
+
+import math
+
+import pytest
+import torch
+from d2l_kernels import Segments
+from tiny_models import SMALL, adapters, doc_to_lora, hypernet_config, language_model
+
+from d2l.config import LoraConfig
+from d2l.hypernet import Hypernet, TargetShapes
+
+TARGETS = TargetShapes(
+    (0, 1, 2), {"down_proj": 40, "up_proj": 30}, {"down_proj": 30, "up_proj": 50}
+)
+
+
+def hypernet(**changes) -> Hypernet:
+    torch.manual_seed(0)
+    changes = {"target_modules": ("down_proj", "up_proj"), "rank": 4} | changes
+    return Hypernet(hypernet_config(**changes), TARGETS, 16)
+
+
+@pytest.mark.parametrize("kind", ["per_layer_activations", "early_exit", "embed_only"])
+@pytest.mark.parametrize("chunk_gate", [False, True])
+def test_delta_W_is_exactly_zero_at_the_start(kind, chunk_gate):
+    loras = adapters(doc_to_lora(trained=False, kind=kind, chunk_gate=chunk_gate), [1, 2])
+    for doc in range(2):
+        for layer in range(3):
+            assert not loras.delta_W(doc, layer, "down_proj").any()
+    assert loras.A["down_proj"].any()
+
+
+def test_initial_values():
+    built = hypernet(perceiver=type(SMALL)(d_latent=64, n_latents=300, n_blocks=1))
+    d, r, F = 64, 4, 80
+    std = {
+        "head": 0.5 / math.sqrt(d + F * r),
+        "perceiver.encoder.latents": 1.0,
+        "bias_A.down_proj": 0.2 / math.sqrt(40 * r),
+        "bias_A.up_proj": 0.2 / math.sqrt(30 * r),
+    }
+    named = dict(built.named_parameters())
+    for name, expected in std.items():
+        n = named[name].numel()
+        assert named[name].std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * n)), name
+        assert abs(named[name].mean().item()) < 4 * expected / math.sqrt(n), name
+    bounds = {
+        "mlps.0.W1": math.sqrt(3 / d),
+        "mlps.0.W2": math.sqrt(3 / (4 * d)),
+        "mlps.0.b1": math.sqrt(1 / d),
+        "mlps.0.b2": math.sqrt(1 / (4 * d)),
+        "perceiver.projection.gate.weight": math.sqrt(1 / 16),
+        "perceiver.encoder.blocks.0.q.weight": math.sqrt(1 / d),
+    }
+    for name, bound in bounds.items():
+        largest = named[name].abs().max().item()
+        assert 0.95 * bound < largest <= bound, name
+        uniform = bound / math.sqrt(3)
+        assert named[name].std().item() == pytest.approx(uniform, rel=0.1), name
+    for name, value in named.items():
+        if "norm" in name and name.endswith("weight"):
+            assert (value == 1).all(), name
+        if name.startswith(("scaler_B", "bias_B")) or (".norm_" in name and name.endswith("bias")):
+            assert not value.any(), name
+        if name.startswith("scaler_A"):
+            assert (value == 1).all(), name
+
+
+def test_shared_pre_head_mlps_start_like_linear_layers():
+    named = dict(hypernet(per_layer_processing=False).named_parameters())
+    assert named["mlps.0.W1"].shape == (1, 8, 32)
+    assert named["mlps.0.W1"].abs().max() <= math.sqrt(1 / 8)
+    assert named["mlps.0.W2"].abs().max() <= math.sqrt(1 / 32)
+
+
+def test_only_scaler_B_and_bias_B_learn_in_the_first_step():
+    built = hypernet()
+    features = [torch.randn(9, 16) for _ in range(3)]
+    loras = built.compose(built(features, Segments((4, 5))), [2])
+    x = torch.randn(6, 40)
+    delta = sum(loras.delta_W(0, layer, "down_proj") for layer in range(3))
+    other = sum(loras.delta_W(0, layer, "up_proj") for layer in range(3))
+    ((x @ delta.T - 1).square().sum() + (x[:, :30] @ other.T - 1).square().sum()).backward()
+    moved = {
+        name
+        for name, p in built.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
+    }
+    expected = {f"{part}.{m}" for part in ("scaler_B", "bias_B") for m in TARGETS.modules}
+    assert moved == expected
+
+
+def test_shared_weights_are_one_module_and_block_0_keeps_its_own_cross_layer():
+    perceiver = type(SMALL)(
+        **{**vars(SMALL), "n_blocks": 4, "n_self_attn_per_block": 1, "shared_weights": True}
+    )
+    blocks = hypernet(perceiver=perceiver).perceiver.encoder.blocks
+    cross, own = blocks[0::2], blocks[1::2]
+    assert len(blocks) == 8
+    assert cross[1] is cross[2] is cross[3] is not cross[0]
+    assert len(set(map(id, own))) == 1
+    assert all(b.norm_context is not None for b in cross)
+    assert all(b.norm_context is None for b in own)
+
+
+@pytest.mark.parametrize("kind", ["per_layer_activations", "early_exit"])
+def test_embeddings_are_ordered_by_layer_module_and_rank(kind):
+    built = hypernet(kind=kind)
+    n_out = (1 if kind == "per_layer_activations" else 3) * 2 * 4
+    numbers = torch.arange(float(n_out))[None, :, None].expand(2, -1, 8)
+    if kind == "early_exit":
+        found = built.assemble([numbers])
+        expected = torch.arange(24.0).view(3, 2, 4)
+    else:
+        found = built.assemble([numbers + 100 * layer for layer in range(3)])
+        expected = torch.arange(8.0).view(2, 4) + 100 * torch.arange(3.0)[:, None, None]
+    assert found.shape == (2, 3, 2, 4, 8)
+    assert torch.equal(found[1, ..., 5], expected)
+
+
+def test_features_and_layers_must_match():
+    with pytest.raises(ValueError, match=r"gave 2 layers' features.*layer 2"):
+        hypernet().assemble([torch.zeros(1, 8, 8)] * 2)
+    with pytest.raises(ValueError, match="nothing to adapt"):
+        Hypernet(hypernet_config(), TargetShapes((), {}, {}), 16)
+
+
+def test_the_gate_scales_a_chunks_delta_W():
+    built = hypernet(chunk_gate=True)
+    for m in TARGETS.modules:
+        torch.nn.init.ones_(built.scaler_B[m])
+    features = [torch.randn(4, 16) for _ in range(3)]
+    with torch.no_grad():
+        built.gate_bias.fill_(30.0)
+        opened = built(features, Segments((4,)))
+        built.gate_bias.fill_(-30.0)
+        shut = built(features, Segments((4,)))
+    assert shut.B["down_proj"].abs().max() < 1e-9 < opened.B["down_proj"].abs().max()
+    assert torch.equal(shut.A["down_proj"], opened.A["down_proj"])
+
+
+def test_modules_and_layers_that_the_base_lacks_are_refused():
+    with pytest.raises(ValueError, match=r"no linear 'fc2'; it has .*down_proj"):
+        doc_to_lora(target_modules=("fc2",))
+    for layers in ((0, 3), (-1,), ()):
+        with pytest.raises(ValueError, match="do not fit a base of 3 layers"):
+            doc_to_lora(language_model(), layers=layers)
+
+
+def test_the_multiplier_is_two_r_to_the_three_halves():
+    assert LoraConfig(rank=8).multiplier == pytest.approx(45.2548, abs=1e-4)
+    assert LoraConfig(rank=4, scale=3.5).multiplier == 3.5
+
+
+def test_mlp_dropout_acts_in_training_only():
+    built = hypernet(mlp_dropout=0.5)
+    x = torch.randn(1, 3, 2, 4, 8)
+    mlp = built.mlps[0]
+    assert not torch.equal(mlp.train()(x), mlp(x))
+    assert torch.equal(mlp.eval()(x), mlp(x))

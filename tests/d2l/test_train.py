@@ -1,0 +1,234 @@
+"""The training loop: resuming, several processes, accumulation, losses, schedule."""
+
+import csv
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import train_tiny
+from tiny_models import chunks, doc_to_lora
+
+from d2l.data.example import Batch, Example, Query
+from d2l.train import Objective, TrainConfig, learning_rate, pad_queries, parameter_groups, train
+
+SCRIPT = Path(train_tiny.__file__)
+ROOT = SCRIPT.parents[2]
+
+
+def start(*arguments, **environment) -> subprocess.Popen:
+    paths = [str(p) for p in (ROOT, ROOT / "kernels", SCRIPT.parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def curve(folder: Path) -> list[dict[str, str]]:
+    with (folder / "curve.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["hypernet"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("finished")
+    train_tiny.run(folder)
+    return folder
+
+
+def test_a_run_logs_and_leaves_a_checkpoint(finished):
+    rows = curve(finished)
+    assert [int(r["step"]) for r in rows] == list(range(1, 7))
+    assert [r["probe"] for r in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert list((finished / "tensorboard").iterdir())
+    assert not list(finished.glob("*.part"))
+
+
+def test_a_run_learns(tmp_path):
+    config = TrainConfig(steps=20, docs_per_step=4, lr=2e-2, warmup=1, log_every=1)
+    train(doc_to_lora(), lambda step: train_tiny.examples(0), config, tmp_path)
+    losses = [float(row["loss"]) for row in curve(tmp_path)]
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kill_at", "dropout", "kept"), [("step", 0.0, 2), ("save", 0.2, 2)])
+def test_a_killed_run_ends_with_the_same_weights(finished, tmp_path, kill_at, dropout, kept):
+    process = start(tmp_path / "killed", kill_at, TINY_DROPOUT=str(dropout))
+    _, complaint = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, complaint
+    saved = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == kept
+    train_tiny.run(tmp_path / "killed", dropout=dropout)
+    if dropout:
+        finished = tmp_path / "whole"
+        train_tiny.run(finished, dropout=dropout)
+    expected, found = weights(finished), weights(tmp_path / "killed")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert curve(tmp_path / "killed") == curve(finished)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(finished, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {
+        "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    both = [start(tmp_path / "two", RANK=str(i), LOCAL_RANK=str(i), **common) for i in range(2)]
+    complaints = [process.communicate(timeout=180)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], complaints
+    for one, two in zip(curve(finished), curve(tmp_path / "two"), strict=True):
+        for column in ("loss", "l1", "train_exact"):
+            assert float(two[column]) == pytest.approx(float(one[column]), abs=1e-5), column
+    expected, found = weights(finished), weights(tmp_path / "two")
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
+
+
+def test_accumulation_equals_one_large_batch(finished, tmp_path):
+    train_tiny.run(tmp_path, docs_per_micro_batch=4)
+    for one, two in zip(curve(finished), curve(tmp_path), strict=True):
+        assert float(two["loss"]) == pytest.approx(float(one["loss"]), abs=1e-5)
+    expected, found = weights(finished), weights(tmp_path)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
+
+
+def test_another_configuration_does_not_resume(finished, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes())
+    with pytest.raises(ValueError, match="another configuration"):
+        train_tiny.run(tmp_path, lr=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model = doc_to_lora()
+    torch.nn.init.constant_(model.hypernet.scaler_B["down_proj"], float("nan"))
+    with pytest.raises(FloatingPointError, match="step 0"):
+        train(model, train_tiny.examples, train_tiny.CONFIG, tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+# the objective
+
+
+def example(seed: int, n_chunks: int = 1, teacher=None) -> Example:
+    ids = [tuple(c.tolist()) for c in chunks(*[4] * n_chunks, 3, 2, seed=seed)]
+    query = Query(ids[-2], ids[-1], *(teacher or (None, None)))
+    return Example(tuple(ids[:-2]), (query,))
+
+
+def objective(model=None, **changes) -> Objective:
+    return Objective(model or doc_to_lora(), TrainConfig(**changes)).eval()
+
+
+@torch.no_grad()
+def test_a_certain_teacher_is_cross_entropy():
+    plain = example(0)
+    answer = plain.queries[0].answer
+    certain = (tuple((0.0,) for _ in answer), tuple((t,) for t in answer))
+    taught = example(0, teacher=certain)
+    ce = objective(loss="ce")(Batch.of([plain]), 1, 2)
+    kl = objective(loss="kl")(Batch.of([taught]), 1, 2)
+    assert kl["loss"].item() == pytest.approx(ce["loss"].item(), abs=1e-6)
+    unsure = tuple((math.log(0.5),) for _ in answer), certain[1]
+    half = objective(loss="kl")(Batch.of([example(0, teacher=unsure)]), 1, 2)
+    assert half["loss"].item() == pytest.approx(ce["loss"].item() / 2, abs=1e-6)
+
+
+def test_kl_needs_a_teacher():
+    with pytest.raises(ValueError, match="needs the teacher's top-k"):
+        objective(loss="kl")(Batch.of([example(0)]), 1, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("averaging", ["per_ctx", "per_token"])
+def test_the_loss_is_that_of_each_document_alone(averaging):
+    loss = objective(averaging=averaging)
+    documents = [example(i, n_chunks=i + 1) for i in range(3)]
+    together = loss(Batch.of(documents), 3, 6)["loss"]
+    apart = sum(loss(Batch.of([d]), 3, 6)["loss"] for d in documents)
+    assert together.item() == pytest.approx(apart.item(), abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_weight_of_two_is_the_chunk_twice():
+    one, model = example(0, n_chunks=2), doc_to_lora()
+    a, b = one.chunks
+    twice = Example((a, b, b), one.queries)
+    weighted = Example((a, b), one.queries, weights=(1.0, 2.0))
+    loss = objective(model)
+    expected = loss(Batch.of([twice]), 1, 2)["loss"].item()
+    assert loss(Batch.of([weighted]), 1, 2)["loss"].item() == pytest.approx(expected, abs=1e-5)
+    assert loss(Batch.of([one]), 1, 2)["loss"].item() != pytest.approx(expected, abs=1e-4)
+
+
+def test_total_adds_the_weighted_l1():
+    out = objective(l1=0.5)(Batch.of([example(0)]), 1, 2)
+    assert out["total"].item() == pytest.approx(out["loss"].item() + 0.5 * out["l1"].item())
+    assert out["l1"].item() > 0
+
+
+@torch.no_grad()
+def test_hits_count_whole_answers():
+    model = doc_to_lora()
+    batch = Batch.of([example(0), example(1)])
+    assert objective(model)(batch, 2, 4)["hits"].item() == 0
+    ids, mask, _ = pad_queries(batch, 0)
+    best = model.base.model(input_ids=ids, attention_mask=mask).logits.argmax(-1)
+    torch.nn.init.zeros_(model.hypernet.scaler_B["down_proj"])
+    torch.nn.init.zeros_(model.hypernet.bias_B["down_proj"])
+    query = batch.queries[0]
+    answer = (int(best[0, len(query.prompt) - 1]),)
+    right = Example(example(0).chunks, (Query(query.prompt, answer),))
+    assert objective(model)(Batch.of([right, example(1)]), 2, 3)["hits"].item() == 1
+
+
+def test_queries_are_padded_on_the_right():
+    ids, mask, labels = pad_queries(Batch.of([example(0), example(1)]), 0)
+    assert ids.shape == mask.shape == labels.shape == (2, 5)
+    short = Example(((5, 6),), (Query((9,), (8,)),))
+    ids, mask, labels = pad_queries(Batch.of([short, example(1)]), 0)
+    assert ids[0].tolist() == [9, 8, 0, 0, 0]
+    assert mask[0].tolist() == [1, 1, 0, 0, 0]
+    assert labels[0].tolist() == [-100, 8, -100, -100, -100]
+
+
+# schedule and optimiser
+
+
+def test_the_schedule_warms_up_and_ends_at_the_floor():
+    config = TrainConfig(steps=100, warmup=10, lr=1e-2, min_lr=1e-4)
+    rates = [learning_rate(s, config) for s in range(101)]
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates[9] == rates[10] == pytest.approx(1e-2)
+    assert rates[55] == pytest.approx((1e-2 + 1e-4) / 2)
+    assert rates[100] == pytest.approx(1e-4)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_only_matrices_are_decayed():
+    module = objective(doc_to_lora(chunk_gate=True))
+    names = {id(p): n for n, p in module.named_parameters()}
+    decayed, kept = (
+        {names[id(p)].removeprefix("hypernet.") for p in group["params"]}
+        for group in parameter_groups(module, 0.01)
+    )
+    assert len(decayed) + len(kept) == len(names)
+    assert {"head", "mlps.0.W1", "perceiver.projection.gate.weight"} <= decayed
+    assert {"perceiver.encoder.blocks.0.mlp.gate.weight", "mlps.0.W2"} <= decayed
+    assert {"gate_weight", "gate_bias", "mlps.0.b1", "mlps.0.norm_in.weight"} <= kept
+    assert {"scaler_A.down_proj", "bias_B.down_proj", "perceiver.decoder.latents"} <= kept

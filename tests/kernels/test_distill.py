@@ -1,0 +1,73 @@
+"""`topk_distill` against torch's own losses and against a loop."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from d2l_kernels import topk_distill
+
+ROWS, WIDTH, VOCAB = 5, 4, 11
+
+
+def inputs(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(ROWS, WIDTH, generator=g, dtype=torch.float64)
+    return hidden, torch.randn(VOCAB, WIDTH, generator=g, dtype=torch.float64)
+
+
+def test_one_certain_token_is_cross_entropy():
+    hidden, head = inputs()
+    labels = torch.tensor([0, 3, 10, 3, 7])
+    loss, best = topk_distill(
+        hidden, head, torch.zeros(ROWS, 1, dtype=torch.float64), labels[:, None]
+    )
+    expected = F.cross_entropy(hidden @ head.T, labels, reduction="none")
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    assert best.tolist() == (hidden @ head.T).argmax(1).tolist()
+
+
+def test_a_whole_distribution_is_the_kl_plus_its_entropy():
+    hidden, head = inputs()
+    teacher = torch.randn(ROWS, VOCAB, dtype=torch.float64).log_softmax(1)
+    every = torch.arange(VOCAB).expand(ROWS, -1)
+    loss, _ = topk_distill(hidden, head, teacher, every)
+    kl = F.kl_div((hidden @ head.T).log_softmax(1), teacher, log_target=True, reduction="none").sum(
+        1
+    )
+    entropy = -(teacher.exp() * teacher).sum(1)
+    torch.testing.assert_close(loss, kl + entropy, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_top_k_is_not_renormalised(softcap):
+    hidden, head = inputs()
+    teacher = torch.tensor([[-0.5, -1.5, -4.0]] * ROWS, dtype=torch.float64)
+    index = torch.tensor([[1, 0, 9], [2, 3, 4], [10, 9, 8], [5, 6, 7], [0, 10, 5]])
+    loss, _ = topk_distill(hidden, head, teacher, index, softcap)
+    for t in range(ROWS):
+        z = [float(hidden[t] @ row) for row in head]
+        z = [softcap * math.tanh(v / softcap) for v in z] if softcap else z
+        log_sum = math.log(sum(math.exp(v) for v in z))
+        expected = -sum(
+            math.exp(lp) * (z[i] - log_sum)
+            for lp, i in zip(teacher[t].tolist(), index[t].tolist(), strict=True)
+        )
+        assert loss[t].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_gradients_and_precision():
+    hidden, head = inputs()
+    teacher, index = torch.full((ROWS, 2), -0.9, dtype=torch.float64), torch.tensor([[1, 2]] * ROWS)
+    assert torch.autograd.gradcheck(
+        lambda h: topk_distill(h, head, teacher, index, 5.0)[0], hidden.requires_grad_()
+    )
+    loss, _ = topk_distill(hidden.bfloat16(), head.bfloat16(), teacher, index)
+    assert loss.dtype == torch.float32
+
+
+def test_a_k_beyond_the_vocabulary_is_refused():
+    hidden, head = inputs()
+    wide = torch.zeros(ROWS, VOCAB + 1)
+    with pytest.raises(ValueError, match="k = 12 exceeds"):
+        topk_distill(hidden, head, wide, wide.long())
