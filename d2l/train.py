@@ -35,7 +35,12 @@ _NO_DECAY = ("scaler", "bias", "norm", "latents", "gate_weight")
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Optimiser, schedule and loss; the defaults are the published ones (spec section 8)."""
+    """Optimiser, schedule and loss; the defaults are the published ones (spec section 8).
+
+    The curriculum's level goes from 0 to 1 in ``curriculum`` steps, but only in steps before which
+    the smoothed exact match of training batches was at least ``curriculum_exact``: each step of it
+    is earned.  0 means level 1 throughout.
+    """
 
     steps: int = 1000
     docs_per_step: int = 32
@@ -46,6 +51,8 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    curriculum: int = 0
+    curriculum_exact: float = 0.7
     loss: Literal["ce", "kl"] = "ce"
     averaging: Averaging = "per_ctx"
     l1: float = 0.0
@@ -152,14 +159,15 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 def train(
     model: DocToLoRA,
-    examples: Callable[[int], Sequence[Example]],
+    examples: Callable[[int, float], Sequence[Example]],
     config: TrainConfig,
     run_dir: Path,
     *,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     accelerator: Accelerator | None = None,
 ) -> None:
-    """Train ``model.hypernet`` in place; ``examples(step)`` gives the global batch of a step.
+    """Train ``model.hypernet`` in place; ``examples(step, level)`` gives the global batch of a
+    step at a level of the curriculum.
 
     Resumes from ``run_dir/checkpoint.pt`` when it is there.  Writes ``curve.csv`` and TensorBoard
     files beside it.  The result does not depend on interruptions, nor (up to summation order) on
@@ -179,12 +187,12 @@ def train(
         parameter_groups(objective, config.weight_decay), lr=config.lr, betas=config.betas
     )
     identity = config_id(config) + config_id(model.config)
-    start = _resume(run_dir, identity, objective, optimizer)
+    start, pace = _resume(run_dir, identity, objective, optimizer, _Pace(config))
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     log = _Log(run_dir, start, config, enabled=accelerator.is_main_process)
     wrapped.train()
     for step in range(start, config.steps):
-        window = list(examples(step))
+        window = list(examples(step, pace.level))
         local = window[rank * len(window) // n_proc : (rank + 1) * len(window) // n_proc]
         n_labels = sum(len(q.answer) for e in window for q in e.queries)
         size = config.docs_per_micro_batch
@@ -216,7 +224,9 @@ def train(
             "train_exact": sums[3].item() / n_queries,
             "grad_norm": float(norm),
             "lr": learning_rate(step, config),
+            "level": pace.level,
         }
+        pace.update(row["train_exact"])
         done = step + 1
         if (
             evaluate
@@ -231,7 +241,7 @@ def train(
         log.step(done, row)
         if done % config.checkpoint_every == 0 or done == config.steps:
             if accelerator.is_main_process:
-                _save(run_dir, identity, done, objective, optimizer)
+                _save(run_dir, identity, done, objective, optimizer, pace)
             accelerator.wait_for_everyone()
     log.close()
 
@@ -242,23 +252,42 @@ def read_curve(run_dir: Path) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
 
 
-def _save(run_dir: Path, identity: str, step: int, objective: Objective, optimizer: Any) -> None:
+class _Pace:
+    """The level of an earned curriculum, and the smoothed exact match that earns it."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.level, self.exact = (0.0 if config.curriculum else 1.0), 0.0
+
+    def update(self, exact: float) -> None:
+        """Take the exact match of a step's batch."""
+        self.exact = 0.9 * self.exact + 0.1 * exact
+        if self.config.curriculum and self.exact >= self.config.curriculum_exact:
+            self.level = min(1.0, self.level + 1.0 / self.config.curriculum)
+
+
+def _save(
+    run_dir: Path, identity: str, step: int, objective: Objective, optimizer: Any, pace: _Pace
+) -> None:
     state = {
         "identity": identity,
         "step": step,
         "hypernet": objective.hypernet.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "pace": (pace.level, pace.exact),
     }
     part = run_dir / "checkpoint.pt.part"
     torch.save(state, part)
     os.replace(part, run_dir / "checkpoint.pt")
 
 
-def _resume(run_dir: Path, identity: str, objective: Objective, optimizer: Any) -> int:
+def _resume(
+    run_dir: Path, identity: str, objective: Objective, optimizer: Any, pace: _Pace
+) -> tuple[int, _Pace]:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "checkpoint.pt"
     if not path.exists():
-        return 0
+        return 0, pace
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["identity"] != identity:
         raise ValueError(
@@ -267,7 +296,8 @@ def _resume(run_dir: Path, identity: str, objective: Objective, optimizer: Any) 
         )
     objective.hypernet.load_state_dict(state["hypernet"])
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    pace.level, pace.exact = state["pace"]
+    return int(state["step"]), pace
 
 
 class _Log:

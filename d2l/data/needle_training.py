@@ -23,14 +23,13 @@ _SHORTEST, _HALF_BIN, _BARE_UNTIL = 48, 24, 0.25
 class NeedleStream:
     """What the training stream holds; shares are probabilities per document.
 
-    ``max_tok`` bounds a whole training document.  It is reached from the bare needle over
-    ``curriculum`` (share of the run); cutting and compositions begin after it.  A composition is
+    ``max_tok`` bounds a whole training document; the curriculum reaches it from the bare needle,
+    and brings other haystacks and needles in on the way.  Cutting and compositions come after it.  A composition is
     one chunk with the needle and chunks of filler alone, drawn from a pool of ``pool`` chunks that
     the batch shares, each with a multiplicity, up to ``max_chunks`` chunks in all.
     """
 
     max_tok: int = 256
-    curriculum: float = 0.3
     cut_share: float = 0.5
     compose_share: float = 0.0
     pool: int = 12
@@ -60,43 +59,41 @@ class NeedleTraining:
         }
         self._frame = sum(map(len, self._affixes))
 
-    def batch(self, step: int, n_steps: int, n_docs: int) -> list[Example]:
-        """Return the ``n_docs`` examples of ``step``, in a fixed order."""
-        progress = step / max(1, n_steps)
-        grown = min(1.0, progress / self.stream.curriculum) if self.stream.curriculum else 1.0
-        pool = self._pool(random.Random(f"pool/{self.seed}/{step}")) if grown == 1.0 else []
+    def batch(self, step: int, n_docs: int, level: float = 1.0) -> list[Example]:
+        """Return the ``n_docs`` examples of ``step`` at a level of the curriculum, in order."""
+        pool = self._pool(random.Random(f"pool/{self.seed}/{step}")) if level == 1.0 else []
         return [
-            self._example(random.Random(f"train/{self.seed}/{step}/{i}"), grown, pool)
+            self._example(random.Random(f"train/{self.seed}/{step}/{i}"), level, pool)
             for i in range(n_docs)
         ]
 
-    def _example(self, rng: random.Random, grown: float, pool: list[tuple[int, ...]]) -> Example:
+    def _example(self, rng: random.Random, level: float, pool: list[tuple[int, ...]]) -> Example:
         s = self.stream
-        mixed = rng.random() < grown**2
+        mixed = rng.random() < level**2
         filler = "prose" if mixed and rng.random() < s.prose_share else "repeat"
         needle = "word" if mixed and rng.random() < s.word_share else "digits"
         compose = bool(pool) and rng.random() < s.compose_share
         longest = (self.chunk.max_tok if compose else s.max_tok) - self._frame
-        limit = _SHORTEST + grown * (longest - _SHORTEST)
+        limit = _SHORTEST + level * (longest - _SHORTEST)
         middle = int(rng.uniform(_SHORTEST, max(_SHORTEST, limit - _HALF_BIN)))
         bin_ = max(1, middle - _HALF_BIN), middle + _HALF_BIN
         generator = self._generators[filler, needle]
-        bare = rng.random() < 1.0 - grown / _BARE_UNTIL
+        bare = rng.random() < 1.0 - level / _BARE_UNTIL
         sample = generator.bare(rng) if bare else generator.sample(rng, *bin_)
         if compose:
             chunks, weights = self._compose(rng, sample, pool)
         else:
-            chunks, weights = self._cut(rng, sample, grown), None
+            chunks, weights = self._cut(rng, sample, level), None
         query = Query(tuple(self._prompts[needle]), tuple(self._answer(sample.answer)))
         return Example(tuple(map(tuple, chunks)), (query,), weights)
 
     def _answer(self, answer: str) -> list[int]:
         return [*self._tokenizer(answer, add_special_tokens=False).input_ids, self._end]
 
-    def _cut(self, rng: random.Random, sample: NeedleSample, grown: float) -> list[list[int]]:
+    def _cut(self, rng: random.Random, sample: NeedleSample, level: float) -> list[list[int]]:
         prefix, suffix = self._affixes
         ids = [*prefix, *sample.document_ids, *suffix]
-        if grown < 1.0 or rng.random() >= self.stream.cut_share:
+        if level < 1.0 or rng.random() >= self.stream.cut_share:
             return split(ids, 1, prefix, suffix)
         probs = {n: p for n, p in PUBLISHED_CHUNK_PROBS.items() if n > 1}
         return split(ids, sample_chunks(len(ids), self.chunk, rng, probs), prefix, suffix)

@@ -52,7 +52,7 @@ PAPER = NeedleRun(
     ),
     chunk=ChunkConfig(max_tok=1024, min_tok=25),
     train_chunk=ChunkConfig(max_tok=512, min_tok=25),
-    stream=NeedleStream(max_tok=256, curriculum=0.0, cut_share=0.5, max_chunks=8),
+    stream=NeedleStream(max_tok=256, cut_share=0.5, max_chunks=8),
     train=TrainConfig(
         steps=1482, docs_per_step=432, docs_per_micro_batch=27, lr=4e-5, warmup=100, l1=1.5, seed=1
     ),
@@ -102,7 +102,7 @@ _TINY = {
     "chunk": ChunkConfig(max_tok=256, min_tok=8),
     "train_chunk": ChunkConfig(max_tok=256, min_tok=25),
     "stream": NeedleStream(
-        max_tok=256, curriculum=0.3, compose_share=0.5, max_chunks=64, prose_share=0.3,
+        max_tok=256, compose_share=0.5, max_chunks=64, prose_share=0.3,
         word_share=0.3,
     ),
     "train": TrainConfig(
@@ -143,7 +143,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hypernet.chunk_gate": True,
         "chunk": ChunkConfig(max_tok=512, min_tok=8),
         "stream": NeedleStream(
-            max_tok=256, curriculum=0.25, compose_share=0.5, max_chunks=256, prose_share=0.4,
+            max_tok=256, compose_share=0.5, max_chunks=256, prose_share=0.4,
             word_share=0.3,
         ),
         "train": TrainConfig(

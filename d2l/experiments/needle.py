@@ -98,8 +98,8 @@ def trained(wanted: NeedleRun, base: LanguageModel, folder: Path) -> DocToLoRA:
             out |= {f"exact_{n_tok}": own.hits / own.n, f"wrong_{n_tok}": wrong.hits / wrong.n}
         return out
 
-    def examples(step: int) -> list[Example]:
-        return stream.batch(step, wanted.train.steps, wanted.train.docs_per_step)
+    def examples(step: int, level: float) -> list[Example]:
+        return stream.batch(step, wanted.train.docs_per_step, level)
 
     fit(model, examples, wanted.train, folder, evaluate=held_out)
     return model

@@ -20,6 +20,7 @@ from double import Double
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from d2l.checkpoint import load_model
 from d2l.config import ChunkConfig
 from d2l.data.example import Batch, Example, Query
 from d2l.lm.base import LanguageModel
@@ -27,7 +28,7 @@ from d2l.lm.hooks import applied, decoder_of, instrument
 from d2l.lora import ChunkLora, route_packed, route_rows
 from d2l.losses import average, lora_l1, shift
 from d2l.model import DocToLoRA, target_shapes
-from d2l.published import convert, read_published, shapes, to_published
+from d2l.published import convert, import_published, shapes, to_published
 from d2l.train import Objective, TrainConfig
 
 GOLDEN = os.environ.get("D2L_GOLDEN_DIR")
@@ -369,11 +370,12 @@ def self_consistent(setting: Setting) -> None:
     close(torch.cat(alone), packed, "float64 one at a time = packed", EXACT)
 
 
-def test_released_format():
-    found = read_published(golden("checkpoint_ab/pytorch_model.bin"))
-    record = json.loads(golden("golden.json").read_text())["settings"]["a"]
-    config, state = convert(load_file(golden(record["hypernet_file"])), record["config"])
-    assert found.config == config
-    assert found.targets == shapes(record["config"])
-    assert found.base_name == record["base"]
-    assert all(torch.equal(found.state[k], state[k]) for k in state)
+@torch.no_grad()
+def test_a_released_checkpoint_becomes_a_working_model(tmp_path):
+    setting = Setting("a")
+    folder = import_published(golden("checkpoint_ab/pytorch_model.bin"), tmp_path / "imported")
+    model = load_model(folder, setting.base, strict=True)
+    assert model.config == setting.config
+    loras = model.hypernet.compose(model.encode([c.tolist() for c in setting.chunks]), [1, 1])
+    close(loras.padded("down_proj")[0], setting.io["out.merged.down_proj.A"], "imported A")
+    close(loras.padded("down_proj")[1], setting.io["out.merged.down_proj.B"], "imported B")

@@ -56,7 +56,7 @@ def test_a_run_logs_and_leaves_a_checkpoint(finished):
 
 def test_a_run_learns(tmp_path):
     config = TrainConfig(steps=20, docs_per_step=4, lr=2e-2, warmup=1, log_every=1)
-    train(doc_to_lora(), lambda step: train_tiny.examples(0), config, tmp_path)
+    train(doc_to_lora(), lambda step, level: train_tiny.examples(0, level), config, tmp_path)
     losses = [float(row["loss"]) for row in curve(tmp_path)]
     assert losses[-1] < losses[0] / 2
 
@@ -94,6 +94,7 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path):
     for one, two in zip(curve(finished), curve(tmp_path / "two"), strict=True):
         for column in ("loss", "l1", "train_exact"):
             assert float(two[column]) == pytest.approx(float(one[column]), abs=1e-5), column
+        assert float(two["grad_norm"]) == pytest.approx(float(one["grad_norm"]), rel=1e-4)
     expected, found = weights(finished), weights(tmp_path / "two")
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
@@ -103,6 +104,7 @@ def test_accumulation_equals_one_large_batch(finished, tmp_path):
     train_tiny.run(tmp_path, docs_per_micro_batch=4)
     for one, two in zip(curve(finished), curve(tmp_path), strict=True):
         assert float(two["loss"]) == pytest.approx(float(one["loss"]), abs=1e-5)
+        assert float(two["grad_norm"]) == pytest.approx(float(one["grad_norm"]), rel=1e-4)
     expected, found = weights(finished), weights(tmp_path)
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
@@ -120,6 +122,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="step 0"):
         train(model, train_tiny.examples, train_tiny.CONFIG, tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_curriculum_is_earned(tmp_path):
+    seen = []
+
+    def examples(step, level):
+        seen.append(level)
+        return train_tiny.examples(step, level)
+
+    common = {"steps": 4, "docs_per_step": 4, "lr": 0.0, "min_lr": 0.0, "warmup": 0}
+    for curriculum, exact, expected in (
+        (0, 0.0, [1, 1, 1, 1]),
+        (2, 0.0, [0, 0.5, 1, 1]),
+        (2, 0.9, [0, 0, 0, 0]),
+    ):
+        config = TrainConfig(**common, curriculum=curriculum, curriculum_exact=exact)
+        seen.clear()
+        train(doc_to_lora(), examples, config, tmp_path / f"{curriculum}-{exact}")
+        assert seen == expected
 
 
 # the objective

@@ -26,11 +26,13 @@ CONFIG = TrainConfig(
     checkpoint_every=2,
     log_every=1,
     eval_every=1,
+    curriculum=3,
+    curriculum_exact=0.0,
 )
 
 
-def examples(step: int) -> list[Example]:
-    """Draw a batch that is a function of the step: documents of 1-3 chunks, 1-2 queries each."""
+def examples(step: int, level: float) -> list[Example]:
+    """Draw a batch from step and level: documents of 1 to 3 chunks, 1 or 2 queries each."""
     rng = random.Random(step)
 
     def tokens(n: int) -> tuple[int, ...]:
@@ -44,7 +46,7 @@ def examples(step: int) -> list[Example]:
 
     return [
         Example(
-            tuple(tokens(rng.randint(2, 6)) for _ in range(rng.randint(1, 3))),
+            tuple(tokens(rng.randint(2, 6)) for _ in range(rng.randint(1, 1 + round(2 * level)))),
             tuple(query() for _ in range(rng.randint(1, 2))),
         )
         for _ in range(CONFIG.docs_per_step)
