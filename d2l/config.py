@@ -152,7 +152,9 @@ def config_id(config: Any) -> str:
 
 
 def _set(config: Any, path: list[str], value: Any, dotted: str, root: Any) -> Any:
-    hints = typing.get_type_hints(type(config)) if dataclasses.is_dataclass(config) else {}
+    hints: dict[str, Any] = {}
+    if dataclasses.is_dataclass(config):
+        hints = typing.get_type_hints(type(config))
     head, *rest = path
     if head not in hints:
         raise ValueError(f"unknown config key {dotted!r}{_nearest(dotted, flatten(root))}")
@@ -160,7 +162,8 @@ def _set(config: Any, path: list[str], value: Any, dotted: str, root: Any) -> An
         new = _set(getattr(config, head), rest, value, dotted, root)
     else:
         new = _coerce(value, hints[head], dotted)
-    return dataclasses.replace(config, **{head: new})
+    changed: Any = dataclasses.replace(config, **{head: new})  # pyright: ignore[reportArgumentType]
+    return changed
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
@@ -187,7 +190,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return {_coerce(k, args[0], name): _coerce(v, args[1], name) for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    expected = origin or hint
+    expected: Any = origin or hint
     wrong_bool = isinstance(value, bool) and expected is not bool
     if hint is not Any and (wrong_bool or not isinstance(value, expected)):
         shown = getattr(hint, "__name__", str(hint))

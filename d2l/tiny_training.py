@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .data.needle import NeedleGenerator, NeedleSample, Split
+from .data.needle import NeedleGenerator, NeedleSample
 from .lm.base import render_chat
 from .lm.tiny import WINDOW_TOK, build_model, build_tokenizer
 
@@ -99,11 +99,10 @@ def train_tiny_base(
 class RetrievalExamples:
     """Rows of (ids, length of the prompt) in the chat format of the evaluation."""
 
-    def __init__(self, tokenizer: Any, split: Split) -> None:
+    def __init__(self, tokenizer: Any, split: str) -> None:
         self._tokenizer = tokenizer
         self.generators = {
-            form: NeedleGenerator(tokenizer, *form, split=split, words="all")  # type: ignore[arg-type]
-            for form in FORMS
+            form: NeedleGenerator(tokenizer, *form, split=split, words="all") for form in FORMS
         }
 
     def draw(self, rng: random.Random, n_tok: int, form: tuple[str, str]) -> tuple[list[int], int]:

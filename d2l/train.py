@@ -207,12 +207,13 @@ def train(
             sums += torch.stack(
                 [out[k].detach().double().cpu() for k in ("total", "loss", "l1", "hits")]
             )
-        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+        reduced: Any = accelerator.reduce(sums.to(accelerator.device), reduction="sum")
+        sums = reduced.cpu()
         if not sums.isfinite().all():
             raise FloatingPointError(
                 f"step {step}: the loss is {sums[0].item()}; lower the learning rate"
             )
-        norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+        norm: Any = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.step()

@@ -14,15 +14,10 @@ import dataclasses
 import random
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from ..lm import vocabulary as words
 from .prose import prose_line, shortest_prose_line
-
-Filler = Literal["repeat", "prose"]
-Needle = Literal["digits", "word"]
-Split = Literal["train", "test"]
-Words = Literal["seen", "heldout", "all"]
 
 N_DEPTHS = 10
 N_HELDOUT_WORDS = 16
@@ -40,9 +35,9 @@ class NeedleConfig:
     16 words that only ``heldout`` and ``all`` use.
     """
 
-    filler: Filler = "repeat"
-    needle: Needle = "digits"
-    words: Words = "seen"
+    filler: str = "repeat"
+    needle: str = "digits"
+    words: str = "seen"
 
     def __post_init__(self) -> None:
         for name, known in _OPTIONS.items():
@@ -79,15 +74,15 @@ class NeedleGenerator:
     def __init__(
         self,
         tokenizer: Any,
-        filler: Filler = "repeat",
-        needle: Needle = "digits",
-        split: Split = "train",
-        words: Words = "seen",
+        filler: str = "repeat",
+        needle: str = "digits",
+        split: str = "train",
+        words: str = "seen",
     ) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split must be one of train, test, got {split!r}")
         self.config = NeedleConfig(filler, needle, words)
-        self.split: Split = split
+        self.split = split
         self._line, self.question = _NEEDLES[needle]
         self._answers = None if needle == "digits" else needle_words(words)
         self._pieces = _Pieces(tokenizer)
@@ -205,7 +200,7 @@ class NeedleGenerator:
         return [shortest_prose_line(rng)]
 
 
-def needle_words(which: Words) -> tuple[str, ...]:
+def needle_words(which: str) -> tuple[str, ...]:
     """List the word needles: ``seen`` and ``heldout`` are disjoint (every fourth is held out)."""
     step = len(words.NEEDLE_WORDS) // N_HELDOUT_WORDS
     heldout = words.NEEDLE_WORDS[::step]
@@ -218,8 +213,9 @@ def needle_words(which: Words) -> tuple[str, ...]:
 
 def _place(rng: random.Random, n_blocks: int, depth: int) -> int:
     """Draw the boundary (0 = before the first block) of the ``depth``-th tenth."""
-    low = depth * (n_blocks + 1) // N_DEPTHS
-    high = max(low + 1, (depth + 1) * (n_blocks + 1) // N_DEPTHS)
+    low, high = (-(-d * (n_blocks + 1) // N_DEPTHS) for d in (depth, depth + 1))
+    if low == high:
+        return depth * (n_blocks + 1) // N_DEPTHS
     return low + int(rng.random() * (high - low))
 
 

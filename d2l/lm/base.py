@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
 )
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..home import repo_root
@@ -97,7 +96,7 @@ def load_base(
             HfApi().model_info(source, timeout=_HUB_TIMEOUT_S)
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, attn_implementation=attn_implementation
             )
     except Exception as error:
@@ -111,7 +110,7 @@ def tiny_dir() -> Path:
     return repo_root() / "papers" / "doc-to-lora" / "weights" / "base" / "tiny"
 
 
-def fingerprint_of(model: nn.Module) -> str:
+def fingerprint_of(model: Any) -> str:
     """Hash a model as ``LanguageModel.fingerprint`` describes."""
     config = model.config.get_text_config().to_dict()
     sizes = {key: config.get(key) for key in _ESSENTIALS}

@@ -31,7 +31,7 @@ class ContextEncoder:
     everywhere; both give the same features.  Raises ValueError for a layer that is not there.
     """
 
-    def __init__(self, model: nn.Module, config: EncoderConfig) -> None:
+    def __init__(self, model: Any, config: EncoderConfig) -> None:
         self.model, self.config = model, config
         decoder, name = decoder_of(model)
         total = len(getattr(decoder, name))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ Delta = Callable[[int, str, Tensor], Tensor | None]
 _ACTIVE: ContextVar[tuple[nn.Module, Delta] | None] = ContextVar("d2l_active_delta", default=None)
 
 
-def decoder_of(model: nn.Module) -> tuple[nn.Module, str]:
+def decoder_of(model: Any) -> tuple[Any, str]:
     """Return the module that runs the decoder layers, and the name of its layer list.
 
     Raises ValueError when no module holds a list of ``config.num_hidden_layers`` layers.
@@ -48,10 +49,11 @@ def widths_of(linear: nn.Module) -> tuple[int, int]:
     """Return (d_in, d_out); transformers' Conv1D stores its weight the other way round."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
-    return tuple(linear.weight.shape)
+    d_in, d_out = linear.get_parameter("weight").shape
+    return d_in, d_out
 
 
-def instrument(model: nn.Module) -> None:
+def instrument(model: Any) -> None:
     """Register the hooks on every linear of every decoder layer; a second call does nothing."""
     if getattr(model, "_d2l_instrumented", False):
         return
