@@ -14,10 +14,14 @@ import dataclasses
 import random
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ..lm import vocabulary as words
 from .prose import prose_line, shortest_prose_line
+
+Filler = Literal["repeat", "prose"]
+Needle = Literal["digits", "word"]
+Words = Literal["seen", "heldout", "all"]
 
 N_DEPTHS = 10
 N_HELDOUT_WORDS = 16

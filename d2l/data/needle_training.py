@@ -24,9 +24,9 @@ class NeedleStream:
     """What the training stream holds; shares are probabilities per document.
 
     ``max_tok`` bounds a whole training document; the curriculum reaches it from the bare needle,
-    and brings other haystacks and needles in on the way.  Cutting and compositions come after it.  A composition is
-    one chunk with the needle and chunks of filler alone, drawn from a pool of ``pool`` chunks that
-    the batch shares, each with a multiplicity, up to ``max_chunks`` chunks in all.
+    and brings other haystacks and needles in on the way.  Cutting and compositions come after it.
+    A composition is one chunk with the needle and chunks of filler alone, drawn from a pool of
+    ``pool`` chunks that the batch shares, each with a multiplicity, up to ``max_chunks`` in all.
     """
 
     max_tok: int = 256

@@ -15,7 +15,7 @@ from d2l.lm.tiny import build_tokenizer
 TOKENIZER = build_tokenizer()
 CHUNK = ChunkConfig(max_tok=128, min_tok=25)
 STREAM = NeedleStream(
-    max_tok=128, curriculum=0.5, compose_share=0.5, max_chunks=40, prose_share=0.5, word_share=0.5
+    max_tok=128, compose_share=0.5, max_chunks=40, prose_share=0.5, word_share=0.5
 )
 
 
@@ -26,23 +26,23 @@ def stream(seed: int = 0, **changes: object) -> NeedleTraining:
 
 
 def test_batch_depends_on_seed_and_step_alone() -> None:
-    assert stream().batch(70, 100, 8) == stream().batch(70, 100, 8)
-    assert stream().batch(70, 100, 8) != stream().batch(71, 100, 8)
-    assert stream(1).batch(70, 100, 8) != stream().batch(70, 100, 8)
+    assert stream().batch(70, 8) == stream().batch(70, 8)
+    assert stream().batch(70, 8) != stream().batch(71, 8)
+    assert stream(1).batch(70, 8) != stream().batch(70, 8)
 
 
 def test_first_n_documents_do_not_depend_on_the_batch_size() -> None:
-    assert stream().batch(70, 100, 8)[:3] == stream().batch(70, 100, 3)
+    assert stream().batch(70, 8)[:3] == stream().batch(70, 3)
 
 
 def test_curriculum_starts_with_the_bare_needle() -> None:
-    examples = stream().batch(0, 100, 16)
+    examples = stream().batch(0, 16, level=0.0)
     frame = sum(map(len, chat_affixes(TOKENIZER)))
     assert all(len(e.chunks) == 1 and len(e.chunks[0]) < frame + 16 for e in examples)
 
 
 def test_grown_documents_are_cut_and_composed_within_bounds() -> None:
-    examples = [e for step in range(60, 80) for e in stream().batch(step, 100, 8)]
+    examples = [e for step in range(60, 80) for e in stream().batch(step, 8)]
     frame = sum(map(len, chat_affixes(TOKENIZER)))
     assert max(len(c) for e in examples for c in e.chunks) <= CHUNK.max_tok + frame
     composed = [e for e in examples if e.weights]
@@ -54,7 +54,7 @@ def test_grown_documents_are_cut_and_composed_within_bounds() -> None:
 
 
 def test_answer_stands_in_the_document_and_filler_chunks_hold_no_needle() -> None:
-    for e in stream(cut_share=0.0).batch(90, 100, 32):
+    for e in stream(cut_share=0.0).batch(90, 32):
         answer = TOKENIZER.decode(list(e.queries[0].answer[:-1])).strip()
         assert answer in TOKENIZER.decode(list(e.chunks[0]))
         for filler in e.chunks[1:]:
