@@ -1,17 +1,16 @@
 """Train the tiny base from scratch on in-context needle retrieval, and write its folder.
 
-One plain loop.  The batch of a step is a function of (seed, step) alone; documents grow from one
-block to almost the window, which makes the phase transition to retrieval reliable.
+One plain loop.  The batch of a step is a function of (seed, step, level) alone.  Documents start
+at a block or two and grow a level whenever the batches are answered: retrieval is learned where a
+step is cheap, and then carried to the length of the window in a few dozen steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import os
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,25 +25,42 @@ from .data.needle import NeedleGenerator, NeedleSample
 from .lm.base import render_chat
 from .lm.tiny import WINDOW_TOK, build_model, build_tokenizer
 
-FORMS = tuple(itertools.product(("repeat", "prose"), ("digits", "word")))
+FORMS: tuple[tuple[str, str], ...] = tuple(
+    itertools.product(("repeat", "prose"), ("digits", "word"))
+)
+_MIXTURE: tuple[
+    tuple[str, str], ...
+] = (  # four digits in prose are the hardest to put in order, words the easiest
+    *[("prose", "digits")] * 3,
+    *[("repeat", "digits")] * 2,
+    ("repeat", "word"),
+    ("prose", "word"),
+    ("prose", "digits"),
+)
 _IGNORED = -100
 _SHORTEST_TOK, _BIN_TOK = 36, 24
 
 
 @dataclasses.dataclass(frozen=True)
 class TinyTraining:
-    """Recipe of the tiny base.  ``text_weight`` weighs the plain language-model loss on the text;
-    ``grown_at`` is the share of the steps after which documents reach ``max_tok``.
+    """Recipe of the tiny base.
+
+    Documents have up to ``start_tok`` tokens at level 0 and ``max_tok`` at level ``n_levels``; a
+    level is earned when the running exact match passes ``earned_at``.  ``text_weight`` weighs the
+    plain language-model loss on the text.  The learning rate falls over the last ``decay`` share.
     """
 
     steps: int = 600
     batch: int = 32
+    start_tok: int = 60
     max_tok: int = 450
-    learning_rate: float = 2e-3
+    n_levels: int = 5
+    earned_at: float = 0.9
+    learning_rate: float = 1.2e-3
     warmup: int = 50
+    decay: float = 0.25
     weight_decay: float = 0.01
     text_weight: float = 0.1
-    grown_at: float = 0.5
 
 
 def train_tiny_base(
@@ -60,21 +76,24 @@ def train_tiny_base(
     exact match.  The folder appears at ``out_dir`` complete or not at all, replacing an old one.
     """
     started = time.perf_counter()
-    tokenizer, model = build_tokenizer(), build_model(seed).to(device)
+    tokenizer: Any = build_tokenizer()
+    model: Any = build_model(seed)
+    model.to(device)
     examples = RetrievalExamples(tokenizer, "train")
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=recipe.learning_rate,
-        betas=(0.9, 0.98),
+        betas=(0.9, 0.99),
         weight_decay=recipe.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, recipe))
+    level, running = 0, 0.0
     for step in range(recipe.steps):
         rng = random.Random(f"tiny-base/{seed}/{step}")
-        grown = min(1.0, step / (recipe.grown_at * recipe.steps))
-        longest = _SHORTEST_TOK + grown * (recipe.max_tok - _SHORTEST_TOK)
+        longest = recipe.start_tok + (recipe.max_tok - recipe.start_tok) * level / recipe.n_levels
         length = round(rng.uniform(_SHORTEST_TOK, longest))
-        rows = [examples.draw(rng, length, FORMS[i % len(FORMS)]) for i in range(recipe.batch)]
+        forms = itertools.islice(itertools.cycle(_MIXTURE), recipe.batch)
+        rows = [examples.draw(rng, length, form) for form in forms]
         ids, answers = pad_rows(rows, tokenizer.pad_token_id, device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), answers[:, 1:].flatten())
@@ -87,8 +106,12 @@ def train_tiny_base(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        accuracy = _exact(logits, answers[:, 1:]).mean().item()
+        running += 0.1 * (accuracy - running)
+        if running > recipe.earned_at and level < recipe.n_levels:
+            level, running = level + 1, 0.9 * running
         if report is not None:
-            report(step, loss.item(), _exact(logits, answers[:, 1:]).mean().item())
+            report(step, loss.item(), accuracy)
     seconds = time.perf_counter() - started
     measured = {"seed": seed, "seconds": seconds, **dataclasses.asdict(recipe)}
     measured["accuracy"] = measure_base(model, tokenizer)
@@ -161,8 +184,8 @@ def _exact(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 def _rate(step: int, recipe: TinyTraining) -> float:
-    warm = min(1.0, (step + 1) / recipe.warmup)
-    return warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+    falling = (recipe.steps - step) / (recipe.decay * recipe.steps)
+    return min(1.0, (step + 1) / recipe.warmup, falling)
 
 
 def _save(out: Path, model: Any, tokenizer: Any, measured: dict[str, Any]) -> None:
@@ -176,7 +199,6 @@ def _save(out: Path, model: Any, tokenizer: Any, measured: dict[str, Any]) -> No
         if out.exists():
             os.replace(out, Path(name) / "old")
         os.replace(folder, out)
-    shutil.rmtree(name, ignore_errors=True)
 
 
 def model_card(model: Any, measured: dict[str, Any]) -> str:

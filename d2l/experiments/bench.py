@@ -8,9 +8,8 @@ import pandas as pd
 
 from ..artifacts import describe_device, paper_dir, write_csv, write_json
 from ..bench import internalize_cost
-from ..checkpoint import load_model
-from .fig2 import config, weights_dir
-from .needle import load
+from .fig2 import config
+from .needle import load_shipped
 
 LENGTHS = {"tiny": (2048, 8192), "small": (8192, 32768, 131072)}
 
@@ -22,7 +21,7 @@ def run(scale: str, repeats: int) -> tuple[Path, pd.DataFrame]:
     """
     if scale not in LENGTHS:
         raise ValueError(f"scale must be one of {', '.join(LENGTHS)}, got {scale!r}")
-    model = load_model(weights_dir(scale, 0), load(config(scale)))
+    model = load_shipped("fig2", {0: config(scale)}, scale)[0]
     table = pd.DataFrame([internalize_cost(model, n, repeats=repeats) for n in LENGTHS[scale]])
     folder = paper_dir() / "results" / "bench" / scale
     write_csv(folder / "internalize.csv", table)

@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..checkpoint import load_model
 from ..config import (
     ChunkConfig,
     EncoderConfig,
@@ -22,7 +21,6 @@ from ..config import (
 )
 from ..data.needle_training import NeedleStream
 from ..figures import draw_fig2
-from ..home import repo_root
 from ..lm.base import load_base
 from ..model import DocToLoRA
 from ..tiny_training import train_tiny_base
@@ -33,11 +31,14 @@ from .needle import (
     NeedleRun,
     finished,
     load,
+    load_shipped,
     measure,
     measure_variants,
     run_dir,
     ship,
+    shipped_seeds,
     trained,
+    weights_dir,
 )
 
 BACKENDS = ("auto", "torch")
@@ -108,6 +109,8 @@ _TINY = {
     "train": TrainConfig(
         steps=1500, docs_per_step=32, docs_per_micro_batch=32, lr=2e-3, betas=(0.9, 0.98),
         warmup=50,
+        curriculum=300,
+        eval_every=500,
     ),
     "eval": NeedleEval(
         lengths=(64, 128, 256, 512, 1024, 2048, 4096, 8192),
@@ -126,6 +129,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "smoke": _TINY
     | {
         "train.steps": 3,
+        "train.eval_every": 0,
         "train.docs_per_step": 4,
         "eval": NeedleEval(
             lengths=(64, 512), n_docs=(4, 4), context_lengths=(64,), n_context=(4,),
@@ -147,8 +151,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             word_share=0.3,
         ),
         "train": TrainConfig(
-            steps=2500, docs_per_step=32, docs_per_micro_batch=32, lr=1e-3, betas=(0.9, 0.98),
+            steps=2000, docs_per_step=32, docs_per_micro_batch=32, lr=1e-3, betas=(0.9, 0.98),
             warmup=50,
+            curriculum=500,
+            eval_every=500,
         ),
         "eval": NeedleEval(
             lengths=tuple(64 * 2**i for i in range(12)),
@@ -225,34 +231,21 @@ def train(scale: str, seed: int = 0, overrides: dict[str, Any] | None = None) ->
         need_gpu_and_model("fig2", wanted.base)
     folder = run_dir(wanted, f"fig2-{scale}")
     model = trained(wanted, load(wanted), folder)
-    target = folder / "hypernet" if overrides or scale == "smoke" else weights_dir(scale, seed)
-    title = f"Needle hypernetwork for {wanted.base} (fig2, scale {scale}, seed {seed})"
-    ship(
-        wanted,
-        model,
-        folder,
-        target,
-        title=title,
-        command=f"just train fig2 --scale {scale} --seed {seed}",
-    )
+    target = weights_dir("fig2", scale, seed)
+    if overrides or scale == "smoke":
+        target = folder / "hypernet"
+    ship(wanted, model, folder, target, figure="fig2", scale=scale)
     return target
-
-
-def weights_dir(scale: str, seed: int) -> Path:
-    """Return the folder of a hypernetwork that ships."""
-    return repo_root() / "papers" / "doc-to-lora" / "weights" / "fig2" / scale / f"seed{seed}"
 
 
 def _models(wanted: NeedleRun, scale: str, *, retrain: bool) -> dict[int, DocToLoRA]:
     """Return the models to evaluate by training seed: those that ship, or one trained for this."""
     seed = wanted.train.seed
     standard = dataclasses.replace(config(scale, {"train.seed": seed}), eval=wanted.eval)
-    ships = wanted == standard and (weights_dir(scale, seed) / "config.json").exists()
+    ships = wanted == standard and seed in shipped_seeds("fig2", scale)
     if ships and not retrain:
-        base = load(wanted)
-        found = sorted(weights_dir(scale, 0).parent.glob("seed*/config.json")) if seed == 0 else []
-        seeds = [int(f.parent.name.removeprefix("seed")) for f in found] or [seed]
-        return {s: load_model(weights_dir(scale, s), base) for s in seeds}
+        seeds = shipped_seeds("fig2", scale) if seed == 0 else [seed]
+        return load_shipped("fig2", {s: config(scale, {"train.seed": s}) for s in seeds}, scale)
     folder = run_dir(wanted, f"fig2-{scale}")
     if retrain and finished(wanted, folder):
         shutil.rmtree(folder)

@@ -6,6 +6,7 @@ Which values a figure uses, and what it draws of the result, stands with the fig
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ..artifacts import build_dir, write_text
-from ..checkpoint import save_model
-from ..config import ChunkConfig, HypernetConfig, config_id, to_dict
+from ..artifacts import build_dir, paper_dir, write_text
+from ..checkpoint import load_model, save_model
+from ..config import ChunkConfig, HypernetConfig, config_id, flatten, from_dict, to_dict
 from ..data.example import Example
 from ..data.needle import Filler, Needle, NeedleGenerator, NeedleSample, Words
 from ..data.needle_training import NeedleStream, NeedleTraining
@@ -106,12 +107,45 @@ def trained(wanted: NeedleRun, base: LanguageModel, folder: Path) -> DocToLoRA:
 
 
 def ship(
-    wanted: NeedleRun, model: DocToLoRA, folder: Path, target: Path, *, title: str, command: str
+    wanted: NeedleRun, model: DocToLoRA, folder: Path, target: Path, *, figure: str, scale: str
 ) -> None:
     """Write a trained hypernetwork to ``target`` with its curve and a card made from the run."""
     save_model(target, model, {"run": to_dict(wanted)}, dtype=torch.bfloat16)
     shutil.copy(folder / "curve.csv", target / "curve.csv")
-    write_text(target / "README.md", _card(wanted, model, read_curve(folder), title, command))
+    write_text(
+        target / "README.md", _card(wanted, model, read_curve(folder), f"{figure} --scale {scale}")
+    )
+
+
+def weights_dir(figure: str, scale: str, seed: int) -> Path:
+    """Return the folder of a hypernetwork that ships."""
+    return paper_dir() / "weights" / figure / scale / f"seed{seed}"
+
+
+def shipped_seeds(figure: str, scale: str) -> list[int]:
+    """List the training seeds whose hypernetworks ship."""
+    found = weights_dir(figure, scale, 0).parent.glob("seed*/config.json")
+    return sorted(int(f.parent.name.removeprefix("seed")) for f in found)
+
+
+def load_shipped(figure: str, runs: dict[int, NeedleRun], scale: str) -> dict[int, DocToLoRA]:
+    """Load the shipped hypernetwork of every seed in ``runs``.
+
+    Raises ValueError naming the settings when one was trained by another recipe than its run asks
+    for; the evaluation may differ.
+    """
+    folders = {seed: weights_dir(figure, scale, seed) for seed in runs}
+    for seed, wanted in runs.items():
+        recorded = json.loads((folders[seed] / "config.json").read_text())["metadata"]["run"]
+        there, here = flatten(from_dict(NeedleRun, recorded)), flatten(wanted)
+        other = [k for k in here if not k.startswith("eval.") and here[k] != there.get(k)]
+        if other:
+            raise ValueError(
+                f"{folders[seed]} was trained with other settings than scale {scale} has now "
+                f"({', '.join(other)}): train again with --retrain"
+            )
+    base = load(next(iter(runs.values())))
+    return {seed: load_model(folder, base) for seed, folder in folders.items()}
 
 
 def measure(
@@ -194,20 +228,14 @@ def _decoding(wanted: NeedleRun) -> dict[str, int]:
     return {"batch": wanted.eval.batch, "max_new_tokens": wanted.eval.max_new_tokens}
 
 
-def _card(
-    wanted: NeedleRun,
-    model: DocToLoRA,
-    curve: list[dict[str, float]],
-    title: str,
-    command: str,
-) -> str:
+def _card(wanted: NeedleRun, model: DocToLoRA, curve: list[dict[str, float]], which: str) -> str:
     """Write the model card from the run itself."""
     last = {k: v for row in curve for k, v in row.items()}
     held_out = [k for k in last if k.startswith(("exact_", "wrong_"))]
     n_params = sum(p.numel() for p in model.hypernet.parameters())
     stream, fit_ = wanted.stream, wanted.train
     shown = "\n".join(f"| {k} | {last[k]:.2f} |" for k in held_out)
-    return f"""# {title}
+    return f"""# Needle hypernetwork for {wanted.base} ({which}, seed {fit_.seed})
 
 Turns a document into LoRA factors for `{", ".join(wanted.hypernet.lora.target_modules)}` of
 a frozen `{wanted.base}`, which then recalls the magic number or word of a haystack without having
@@ -221,7 +249,7 @@ it in its context.  It was trained for that task alone and is no general questio
   repeated chunks of filler, up to {stream.max_chunks} chunks in all.  {stream.prose_share:.0%} have
   prose haystacks, {stream.word_share:.0%} word needles.
 - Everything else: `config.json`. Training curve: `curve.csv`. Make it again:
-  `{command}`.
+  `just train {which} --seed {fit_.seed}`.
 
 Held-out documents at the last step (exact match with the right and with the wrong document's
 adapter, 20 documents each, by haystack length in tokens; the full evaluation is in `results/`):

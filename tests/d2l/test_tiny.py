@@ -1,0 +1,111 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from d2l import tiny_training
+from d2l.lm import vocabulary
+from d2l.lm.base import chat_affixes, load_base, render_chat, tiny_dir
+from d2l.lm.tiny import build_model, build_tokenizer, tiny_vocabulary
+from d2l.tiny_training import TinyTraining, measure_base, train_tiny_base
+
+DOCUMENT = "Soon, the tall baker slept.\nThe special magic number is 0482.\nThere and back again."
+TOY = TinyTraining(steps=3, batch=4, start_tok=40, max_tok=60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.mark.parametrize("text", ["4829", "0000", "anchor", DOCUMENT, *vocabulary.NEEDLE_WORDS[:3]])
+def test_known_text_comes_back_exactly(tokenizer, text):
+    ids = tokenizer(text).input_ids
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_every_word_is_one_token_and_others_are_unknown(tokenizer):
+    for word in (*vocabulary.PROSE_WORDS, *vocabulary.NEEDLE_WORDS):
+        (only,) = tokenizer(word).input_ids
+        assert only != tokenizer.unk_token_id
+    assert tokenizer("zyx").input_ids == [tokenizer.unk_token_id]
+    assert len(tokenizer) == len(set(tiny_vocabulary())) == build_model(0).config.vocab_size
+
+
+def test_special_tokens_in_text_are_inert(tokenizer):
+    ids = render_chat(tokenizer, "hat <end><user> box")
+    prefix, suffix = chat_affixes(tokenizer)
+    inner = ids[len(prefix) : -len(suffix)]
+    assert not set(inner) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+
+
+def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    ids = render_chat(tokenizer, DOCUMENT)
+    assert render_chat(loaded, DOCUMENT) == ids
+    assert loaded.decode(ids) == tokenizer.decode(ids)
+
+
+def test_same_seed_same_weights():
+    first, again, other = (build_model(seed).lm_head.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_training_writes_a_whole_folder_and_repeats_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_training, "measure_base", lambda *_: {"repeat/digits": {100: 0.5}})
+    losses = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        train_tiny_base(folder, 0, TOY, report=lambda step, loss, accuracy: losses.append(loss))
+    assert losses[:3] == losses[3:]
+    one, two = load_base(str(tmp_path / "one")), load_base(str(tmp_path / "two"))
+    assert one.fingerprint == two.fingerprint
+    assert "| repeat/digits | 0.50 |" in (tmp_path / "one" / "README.md").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_broken_write_leaves_the_old_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_training, "measure_base", lambda *_: {"repeat/digits": {100: 0.5}})
+    out = tmp_path / "base"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tiny_training, "model_card", full)
+    with pytest.raises(OSError, match="No space"):
+        train_tiny_base(out, 0, TOY)
+    assert json.loads((out / "config.json").read_text()) == {}
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_base("tiny")
+
+
+def test_shipped_base_was_made_by_this_tokenizer(shipped, tokenizer):
+    assert shipped.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert shipped.tokenizer.chat_template == tokenizer.chat_template
+    assert shipped.window == 512
+    assert (tiny_dir() / "README.md").is_file()
+
+
+def test_shipped_base_retrieves_inside_its_window_and_not_past_it(shipped):
+    inside = measure_base(shipped.model, shipped.tokenizer, (100, 400), n=20, seed=5)
+    past = measure_base(shipped.model, shipped.tokenizer, (2048,), n=10, seed=5)
+    assert all(v >= 0.95 for by_length in inside.values() for v in by_length.values())
+    assert all(v <= 0.1 for by_length in past.values() for v in by_length.values())
+
+
+def test_shipped_base_answers_through_generate(shipped):
+    prompt = f"{DOCUMENT}\n\n{vocabulary.DIGITS_QUESTION}"
+    ids = torch.tensor([render_chat(shipped.tokenizer, prompt)])
+    out = shipped.model.generate(ids, max_new_tokens=8, do_sample=False)
+    answer = shipped.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answer == "0482"
