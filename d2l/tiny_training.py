@@ -28,15 +28,7 @@ from .lm.tiny import WINDOW_TOK, build_model, build_tokenizer
 FORMS: tuple[tuple[str, str], ...] = tuple(
     itertools.product(("repeat", "prose"), ("digits", "word"))
 )
-_MIXTURE: tuple[
-    tuple[str, str], ...
-] = (  # four digits in prose are the hardest to put in order, words the easiest
-    *[("prose", "digits")] * 3,
-    *[("repeat", "digits")] * 2,
-    ("repeat", "word"),
-    ("prose", "word"),
-    ("prose", "digits"),
-)
+_MIXTURE = 3 * FORMS[::2] + FORMS[1::2]  # digits, hard to put in order, three times as often
 _IGNORED = -100
 _SHORTEST_TOK, _BIN_TOK = 36, 24
 
@@ -50,15 +42,15 @@ class TinyTraining:
     plain language-model loss on the text.  The learning rate falls over the last ``decay`` share.
     """
 
-    steps: int = 600
+    steps: int = 700
     batch: int = 32
     start_tok: int = 60
-    max_tok: int = 450
+    max_tok: int = 480
     n_levels: int = 5
     earned_at: float = 0.9
     learning_rate: float = 1.2e-3
     warmup: int = 50
-    decay: float = 0.25
+    decay: float = 0.3
     weight_decay: float = 0.01
     text_weight: float = 0.1
 
@@ -75,7 +67,7 @@ def train_tiny_base(
     ``report(step, loss, accuracy)`` is called after every step with the batch's answer loss and
     exact match.  The folder appears at ``out_dir`` complete or not at all, replacing an old one.
     """
-    started = time.perf_counter()
+    started = time.process_time()
     tokenizer: Any = build_tokenizer()
     model: Any = build_model(seed)
     model.to(device)
@@ -112,8 +104,8 @@ def train_tiny_base(
             level, running = level + 1, 0.9 * running
         if report is not None:
             report(step, loss.item(), accuracy)
-    seconds = time.perf_counter() - started
-    measured = {"seed": seed, "seconds": seconds, **dataclasses.asdict(recipe)}
+    cpu_s = time.process_time() - started
+    measured: dict[str, Any] = {"seed": seed, "cpu_s": cpu_s, **dataclasses.asdict(recipe)}
     measured["accuracy"] = measure_base(model, tokenizer)
     _save(Path(out_dir), model, tokenizer, measured)
     return measured
@@ -158,6 +150,7 @@ def measure_base(
 ) -> dict[str, dict[int, float]]:
     """Return exact match of in-context retrieval on test documents, by form and length.
 
+    ``n`` documents of each, a quarter of that past the window, where nothing is found anyway.
     Every answer token is the most likely one given the true ones before it, which is what greedy
     decoding needs to give the answer.
     """
@@ -166,15 +159,16 @@ def measure_base(
     out: dict[str, dict[int, float]] = {}
     for (filler, needle), length in itertools.product(FORMS, lengths):
         generator = examples.generators[filler, needle]
-        samples = generator.stratified(n, length - _BIN_TOK, length, seed)
+        count = n if length <= WINDOW_TOK else max(1, n // 4)
+        samples = generator.stratified(count, length - _BIN_TOK, length, seed)
         hits: list[float] = []
         size = max(1, 16384 // length)
-        for start in range(0, n, size):
+        for start in range(0, count, size):
             rows = [examples.row(s) for s in samples[start : start + size]]
             ids, answers = pad_rows(rows, tokenizer.pad_token_id, str(device))
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             hits += _exact(logits, answers[:, 1:]).tolist()
-        out.setdefault(f"{filler}/{needle}", {})[length] = sum(hits) / n
+        out.setdefault(f"{filler}/{needle}", {})[length] = sum(hits) / count
     return out
 
 
@@ -218,12 +212,12 @@ def model_card(model: Any, measured: dict[str, Any]) -> str:
             "MIT licence. Trained from scratch on generated documents only: it finds a needle in "
             "a document inside its window and can do nothing else.",
             "",
-            f"Trained with seed {measured['seed']} in {measured['seconds']:.0f} s: "
-            f"{measured['steps']} steps of {measured['batch']} documents of up to "
+            f"Trained with seed {measured['seed']} in {measured['cpu_s']:.0f} s of CPU "
+            f"time: {measured['steps']} steps of {measured['batch']} documents of up to "
             f"{measured['max_tok']} tokens, both haystacks, both needles and all needle words.",
             "",
-            "Exact match with the document in the prompt, 100 held-out documents each, by tokens "
-            "of the document (the last lengths lie past the window):",
+            "Exact match with the document in the prompt, on held-out documents, by tokens of the "
+            "document (100 each, 25 past the window):",
             "",
             "| haystack/needle | " + " | ".join(map(str, lengths)) + " |",
             "|---" * (len(lengths) + 1) + "|",

@@ -213,7 +213,7 @@ def run(
         sources=SOURCES,
         table=pd.concat(tables, ignore_index=True),
         variants=pd.concat(variants, ignore_index=True),
-        context={"window": window, "train_tok": wanted.stream.max_tok},
+        context={"window": window, "train_tok": wanted.train_tok},
         title=wanted.base,
         seconds=time.monotonic() - began,
         draw=draw_fig2,

@@ -58,6 +58,12 @@ class NeedleRun:
     train: TrainConfig
     eval: NeedleEval
 
+    @property
+    def train_tok(self) -> int:
+        """Longest text seen in training: a whole document, or the chunks of a composition."""
+        composed = self.train_chunk.max_tok if self.stream.compose_share else 0
+        return max(self.stream.max_tok, composed)
+
 
 VARIANTS: tuple[tuple[Filler, Needle, Words], ...] = (
     ("prose", "digits", "seen"),
