@@ -16,7 +16,7 @@ from ..lm.base import chat_affixes, render_chat
 from .example import Example, Query
 from .needle import NeedleGenerator, NeedleSample
 
-_SHORTEST, _HALF_BIN, _BARE_UNTIL = 48, 24, 0.25
+_SHORTEST, _HALF_BIN, _BARE_UNTIL, _COMPOSE_FROM = 48, 24, 0.25, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,8 @@ class NeedleStream:
     """What the training stream holds; shares are probabilities per document.
 
     ``max_tok`` bounds a whole training document; the curriculum reaches it from the bare needle,
-    and brings other haystacks and needles in on the way.  Cutting and compositions come after it.
+    and brings other haystacks and needles in on the way.  Cutting and compositions come in its second
+    half, when the number of filler chunks grows from one to ``max_chunks``.
     A composition is one chunk with the needle and chunks of filler alone, drawn from a pool of
     ``pool`` chunks that the batch shares, each with a multiplicity, up to ``max_chunks`` in all.
     """
@@ -61,7 +62,7 @@ class NeedleTraining:
 
     def batch(self, step: int, n_docs: int, level: float = 1.0) -> list[Example]:
         """Return the ``n_docs`` examples of ``step`` at a level of the curriculum, in order."""
-        pool = self._pool(random.Random(f"pool/{self.seed}/{step}")) if level == 1.0 else []
+        pool = self._pool(random.Random(f"pool/{self.seed}/{step}")) if level >= _COMPOSE_FROM else []
         return [
             self._example(random.Random(f"train/{self.seed}/{step}/{i}"), level, pool)
             for i in range(n_docs)
@@ -81,7 +82,7 @@ class NeedleTraining:
         bare = rng.random() < 1.0 - level / _BARE_UNTIL
         sample = generator.bare(rng) if bare else generator.sample(rng, *bin_)
         if compose:
-            chunks, weights = self._compose(rng, sample, pool)
+            chunks, weights = self._compose(rng, sample, pool, level)
         else:
             chunks, weights = self._cut(rng, sample, level), None
         query = Query(tuple(self._prompts[needle]), tuple(self._answer(sample.answer)))
@@ -93,18 +94,19 @@ class NeedleTraining:
     def _cut(self, rng: random.Random, sample: NeedleSample, level: float) -> list[list[int]]:
         prefix, suffix = self._affixes
         ids = [*prefix, *sample.document_ids, *suffix]
-        if level < 1.0 or rng.random() >= self.stream.cut_share:
+        if rng.random() >= self.stream.cut_share * _second_half(level):
             return split(ids, 1, prefix, suffix)
         probs = {n: p for n, p in PUBLISHED_CHUNK_PROBS.items() if n > 1}
         return split(ids, sample_chunks(len(ids), self.chunk, rng, probs), prefix, suffix)
 
     def _compose(
-        self, rng: random.Random, sample: NeedleSample, pool: list[tuple[int, ...]]
+        self, rng: random.Random, sample: NeedleSample, pool: list[tuple[int, ...]], level: float
     ) -> tuple[list[list[int]], tuple[float, ...]]:
         """Put the sample as one chunk among repeated filler chunks of the pool."""
         prefix, suffix = self._affixes
-        total = math.exp(rng.uniform(0.0, math.log(self.stream.max_chunks)))
-        chosen = rng.sample(pool, min(len(pool), rng.randint(1, 4)))
+        most = math.log(self.stream.max_chunks) * _second_half(level)
+        total = math.exp(rng.uniform(0.0, most))
+        chosen = rng.sample(pool, min(len(pool), rng.randint(1, 4), max(1, round(total))))
         share = [rng.random() + 0.05 for _ in chosen]
         counts = [max(1.0, round(total * x / sum(share))) for x in share]
         head, tail = rng.random() < 0.9, rng.random() < 0.9
@@ -123,6 +125,11 @@ class NeedleTraining:
             start = rng.randint(0, len(ids) - size)
             pool.append((*prefix, *ids[start : start + size], *suffix))
         return pool
+
+
+def _second_half(level: float) -> float:
+    """Return how far a level is through the second half of the curriculum, 0 to 1."""
+    return max(0.0, (level - _COMPOSE_FROM) / (1.0 - _COMPOSE_FROM))
 
 
 def _end_of_turn(tokenizer: Any) -> int:

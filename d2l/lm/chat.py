@@ -22,6 +22,11 @@ def render_chat(tokenizer: Any, user_text: str, system: str = "") -> list[int]:
     Equals ``apply_chat_template`` for a text without special tokens.  A template that refuses or
     drops a system message gets it in front of the user's text, a blank line between.  Without a
     template: the text behind the tokenizer's own opening tokens.  The text is stripped.
+
+    >>> from d2l.lm.tiny import build_tokenizer
+    >>> tokenizer = build_tokenizer()
+    >>> tokenizer.decode(render_chat(tokenizer, "Here we go."))
+    '<s> <system> <end> <user> Here we go. <end> <assistant>'
     """
     left, right = _frame(tokenizer, system)
     return _encode_around(tokenizer, left, user_text.strip(), right)
@@ -32,6 +37,10 @@ def chat_affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
 
     What stays the same in the ids when the text changes.  Spaces that end the template are
     dropped, as the published constants do (T17).  Without a template: (opening tokens, []).
+
+    >>> from d2l.lm.tiny import build_tokenizer
+    >>> chat_affixes(build_tokenizer())
+    ([2, 4, 3, 5], [3, 6])
     """
     left, right = _frame(tokenizer, "")
     right = right.rstrip(" ")

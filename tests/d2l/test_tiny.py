@@ -11,7 +11,7 @@ from d2l.lm.tiny import build_model, build_tokenizer, tiny_vocabulary
 from d2l.tiny_training import TinyTraining, measure_base, train_tiny_base
 
 DOCUMENT = "Soon, the tall baker slept.\nThe special magic number is 0482.\nThere and back again."
-TOY = TinyTraining(steps=3, batch=4, start_tok=40, max_tok=60)
+TOY = TinyTraining(growing=1, settling=2, batch=4, start_tok=40, max_tok=60)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +98,10 @@ def test_shipped_base_was_made_by_this_tokenizer(shipped, tokenizer):
 
 def test_shipped_base_retrieves_inside_its_window_and_not_past_it(shipped):
     inside = measure_base(shipped.model, shipped.tokenizer, (100, 400), n=20, seed=5)
-    past = measure_base(shipped.model, shipped.tokenizer, (2048,), n=10, seed=5)
+    past = measure_base(shipped.model, shipped.tokenizer, (2048,), n=40, seed=5)
     assert all(v >= 0.95 for by_length in inside.values() for v in by_length.values())
-    assert all(v <= 0.1 for by_length in past.values() for v in by_length.values())
+    assert past["repeat/digits"][2048] <= 0.1
+    assert past["prose/digits"][2048] <= 0.2
 
 
 def test_shipped_base_answers_through_generate(shipped):
