@@ -24,8 +24,8 @@ class NeedleStream:
     """What the training stream holds; shares are probabilities per document.
 
     ``max_tok`` bounds a whole training document; the curriculum reaches it from the bare needle,
-    and brings other haystacks and needles in on the way.  Cutting and compositions come in its second
-    half, when the number of filler chunks grows from one to ``max_chunks``.
+    and brings other haystacks and needles in on the way.  Cutting and compositions come in its
+    second half, when the number of filler chunks grows from one to ``max_chunks``.
     A composition is one chunk with the needle and chunks of filler alone, drawn from a pool of
     ``pool`` chunks that the batch shares, each with a multiplicity, up to ``max_chunks`` in all.
     """
@@ -62,7 +62,8 @@ class NeedleTraining:
 
     def batch(self, step: int, n_docs: int, level: float = 1.0) -> list[Example]:
         """Return the ``n_docs`` examples of ``step`` at a level of the curriculum, in order."""
-        pool = self._pool(random.Random(f"pool/{self.seed}/{step}")) if level >= _COMPOSE_FROM else []
+        composing = level >= _COMPOSE_FROM
+        pool = self._pool(random.Random(f"pool/{self.seed}/{step}")) if composing else []
         return [
             self._example(random.Random(f"train/{self.seed}/{step}/{i}"), level, pool)
             for i in range(n_docs)
