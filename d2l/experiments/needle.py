@@ -116,11 +116,11 @@ def ship(
     wanted: NeedleRun, model: DocToLoRA, folder: Path, target: Path, *, figure: str, scale: str
 ) -> None:
     """Write a trained hypernetwork to ``target`` with its curve and a card made from the run."""
-    save_model(target, model, {"run": to_dict(wanted)}, dtype=torch.bfloat16)
+    curve = read_curve(folder)
+    facts = {"run": to_dict(wanted), "steps_done": int(curve[-1]["step"])}
+    save_model(target, model, facts, dtype=torch.bfloat16)
     shutil.copy(folder / "curve.csv", target / "curve.csv")
-    write_text(
-        target / "README.md", _card(wanted, model, read_curve(folder), f"{figure} --scale {scale}")
-    )
+    write_text(target / "README.md", _card(wanted, model, curve, f"{figure} --scale {scale}"))
 
 
 def weights_dir(figure: str, scale: str, seed: int) -> Path:
@@ -240,6 +240,9 @@ def _card(wanted: NeedleRun, model: DocToLoRA, curve: list[dict[str, float]], wh
     held_out = [k for k in last if k.startswith(("exact_", "wrong_"))]
     n_params = sum(p.numel() for p in model.hypernet.parameters())
     stream, fit_ = wanted.stream, wanted.train
+    steps = f"{curve[-1]['step']:.0f}"
+    if curve[-1]["step"] < fit_.steps:
+        steps += f" (stopped early: the recipe has {fit_.steps})"
     shown = "\n".join(f"| {k} | {last[k]:.2f} |" for k in held_out)
     return f"""# Needle hypernetwork for {wanted.base} ({which}, seed {fit_.seed})
 
@@ -249,7 +252,7 @@ it in its context.  It was trained for that task alone and is no general questio
 
 - Parameters: {n_params / 1e6:.2f} M, stored as bfloat16 safetensors. Licence: MIT.
 - Base fingerprint: `{model.base.fingerprint}`. Another base is refused or warned about.
-- Data: generated, stream seed {fit_.seed}; {fit_.steps} steps of {fit_.docs_per_step} documents.
+- Data: generated, stream seed {fit_.seed}; {steps} steps of {fit_.docs_per_step} documents.
   Whole documents have at most {stream.max_tok} tokens and are cut into up to 8 chunks;
   {stream.compose_share:.0%} are one chunk of up to {wanted.train_chunk.max_tok} tokens joined with
   repeated chunks of filler, up to {stream.max_chunks} chunks in all.  {stream.prose_share:.0%} have
