@@ -1,0 +1,42 @@
+"""The hypernetworks that ship load, fit their recipe, and answer documents no one has evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from d2l.data.needle import NeedleGenerator
+from d2l.evaluate import answer_internalized
+from d2l.experiments.fig2 import config
+from d2l.experiments.needle import load_shipped, shipped_seeds, weights_dir
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small"])
+def test_shipped_folders_are_complete(scale: str) -> None:
+    assert 0 in shipped_seeds("fig2", scale)
+    for name in ("config.json", "model.safetensors", "README.md", "curve.csv"):
+        assert (weights_dir("fig2", scale, 0) / name).stat().st_size > 100
+
+
+def test_all_shipped_weights_stay_under_60_mb() -> None:
+    root = weights_dir("fig2", "tiny", 0).parents[2]
+    assert sum(f.stat().st_size for f in root.rglob("*") if f.is_file()) < 60e6
+
+
+def test_tiny_answers_fresh_documents_at_four_windows_and_not_for_a_wrong_one() -> None:
+    wanted = config("tiny", {"train.seed": 0})
+    model = load_shipped("fig2", {0: wanted}, "tiny")[0]
+    generator = NeedleGenerator(model.base.tokenizer, split="test")
+    samples = generator.stratified(20, 1900, 2048, seed=987)
+    own, wrong = answer_internalized(model, samples, batch=10, max_new_tokens=8)
+    assert own.hits >= 18
+    assert wrong.hits == 0
+    assert own.n_chunks >= 8
+
+
+def test_weights_of_another_recipe_are_refused() -> None:
+    wanted = config("tiny", {"train.seed": 0})
+    other = dataclasses.replace(wanted, train=dataclasses.replace(wanted.train, lr=1.0))
+    with pytest.raises(ValueError, match=r"train\.lr.*--retrain"):
+        load_shipped("fig2", {0: other}, "tiny")
