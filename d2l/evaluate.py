@@ -47,9 +47,14 @@ class Score:
         }
 
 
-def matches(answer: str, expected: str) -> bool:
-    """Compare after trimming white space: the needle task counts exact answers only."""
-    return answer.strip() == expected
+def matches(reply: str, expected: str) -> bool:
+    """Compare the last word of a reply, without a full stop, with the expected answer.
+
+    A model that was asked for the number alone may still answer with the sentence that holds it;
+    the same rule serves every series.
+    """
+    words = reply.split()
+    return bool(words) and words[-1].removesuffix(".") == expected
 
 
 def answer_in_context(

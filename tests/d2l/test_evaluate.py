@@ -34,10 +34,13 @@ def samples(model: DocToLoRA) -> list[NeedleSample]:
     return NeedleGenerator(model.base.tokenizer, split="test").stratified(5, 100, 150, seed=3)
 
 
-def test_a_score_counts_exact_answers_only() -> None:
+def test_a_score_counts_the_last_word_and_only_if_it_is_exact() -> None:
     assert matches(" 0482\n", "0482")
-    assert not matches("0482.", "0482")
+    assert matches("The special magic number is 0482.", "0482")
+    assert not matches("0482 or 1111", "0482")
     assert not matches("482", "0482")
+    assert not matches("04823", "0482")
+    assert not matches("", "0482")
 
 
 def test_right_and_wrong_adapters_are_asked(model, samples, monkeypatch) -> None:
