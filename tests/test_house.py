@@ -368,7 +368,7 @@ def test_no_machine_paths():
 def test_machine_paths_are_seen():
     for folder in ("work/x", "root/.cache", "home/ada/d2l", "Users/ada/d2l"):
         assert MACHINE_PATH.search(f"open('/{folder}/file')".encode())
-    for harmless in ("../shared/work/x", "a/work/b", "papers/x/home/ada/", "/home/", "~/work/x"):
+    for harmless in ("../shared/root/x", "a/root/b", "papers/x/home/ada/", "/home/", "~/root/x"):
         assert not MACHINE_PATH.search(harmless.encode())
 
 
