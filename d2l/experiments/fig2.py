@@ -151,7 +151,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             word_share=0.3,
         ),
         "train": TrainConfig(
-            steps=2000, docs_per_step=32, docs_per_micro_batch=32, lr=1e-3, betas=(0.9, 0.98),
+            steps=2400, docs_per_step=32, docs_per_micro_batch=32, lr=1e-3, betas=(0.9, 0.98),
             warmup=50,
             curriculum=500,
             eval_every=500,
