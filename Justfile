@@ -37,9 +37,20 @@ figures *args: _setup
 claims *args: _setup
     @{{ python }} -m d2l claims "$@"
 
-# Measure time and memory of internalising long documents (needs an idle machine)
+# Measure: just bench (internalising), just bench kernels, just bench segmented_lora (idle machine)
 bench *args: _setup
-    @{{ python }} -m d2l bench "$@"
+    #!/usr/bin/env bash
+    set -euo pipefail
+    case "${1:-}" in
+        kernels | segmented_lora | cross_attention | latent_attention | topk_distill)
+            {{ python }} -m d2l_kernels.bench "$@" ;;
+        *) {{ python }} -m d2l bench "$@" ;;
+    esac
+
+# All tests of the kernels, and the faults that they must notice
+test-kernels *args: _setup
+    @OMP_NUM_THREADS=1 {{ python }} -m pytest --numprocesses=auto tests/kernels kernels/d2l_kernels "$@"
+    @OMP_NUM_THREADS=1 {{ python }} tests/support/mutate_kernels.py
 
 # Open the notebooks in JupyterLab
 lab *args: _setup

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from d2l_kernels import Segments, cross_attention
+from d2l_kernels import Segments, cross_attention, latent_attention
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,6 +16,8 @@ from .config import PerceiverConfig
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm that keeps the input's dtype, so that autocast does not leave the fused path."""
+
+    eps: float
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Return ``w x / sqrt(mean(x^2) + eps)``."""
@@ -65,17 +67,19 @@ class LatentBlock(nn.Module):
     ) -> Float[Tensor, "seg latent d_latent"]:
         """Update the latents of every segment; ``context`` is ignored by a self block."""
         h = self.norm_latents(latents)
-        if self.norm_context is not None:
-            source = self.norm_context(context)
-        else:
-            source, segments = h.flatten(0, 1), Segments((h.shape[1],) * h.shape[0])
         split = (-1, self.d_head)
-        q, k, v = (
-            self.q(h).unflatten(-1, split),
-            self.k(source).unflatten(-1, split),
-            self.v(source).unflatten(-1, split),
-        )
-        attended = self.o(cross_attention(q, k, v, segments).flatten(2))
+        q = self.q(h).unflatten(-1, split)
+        if self.norm_context is not None:
+            norm, weights = self.norm_context, (self.k.weight, self.v.weight)
+            w_norm, w_k, w_v = (w.to(context.dtype) for w in (norm.weight, *weights))
+            found = latent_attention(
+                q.to(context.dtype), context, w_norm, w_k, w_v, segments, norm.eps
+            )
+        else:
+            own = Segments((h.shape[1],) * h.shape[0])
+            k, v = (p(h.flatten(0, 1)).unflatten(-1, split) for p in (self.k, self.v))
+            found = cross_attention(q, k, v, own)
+        attended = self.o(found.flatten(2))
         latents = latents + self.norm_attended(attended)
         return latents + self.norm_mlp_out(self.mlp(self.norm_mlp_in(latents)))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from d2l_kernels import use_backend
 
 from ..config import (
     ChunkConfig,
@@ -41,7 +42,7 @@ from .needle import (
     weights_dir,
 )
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "reference")
 
 PAPER = NeedleRun(
     base="google/gemma-2-2b-it",
@@ -201,11 +202,12 @@ def run(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if scale == "paper":
         need_gpu_and_model("fig2", wanted.base)
-    models = _models(wanted, scale, retrain=retrain)
     tables, variants = [], []
-    for i, (of, model) in enumerate(models.items()):
-        tables.append(measure(wanted, model, seed=of, with_base=i == 0))
-        variants.append(measure_variants(wanted, model, seed=of))
+    with use_backend(None if backend == "auto" else backend):
+        models = _models(wanted, scale, retrain=retrain)
+        for i, (of, model) in enumerate(models.items()):
+            tables.append(measure(wanted, model, seed=of, with_base=i == 0))
+            variants.append(measure_variants(wanted, model, seed=of))
     window = next(iter(models.values())).base.window
     return Run(
         request=asked,

@@ -69,5 +69,5 @@ def test_gradients_and_precision():
 def test_a_k_beyond_the_vocabulary_is_refused():
     hidden, head = inputs()
     wide = torch.zeros(ROWS, VOCAB + 1)
-    with pytest.raises(ValueError, match="k = 12 exceeds"):
+    with pytest.raises(ValueError, match="k = 12, which exceeds the vocabulary of 11"):
         topk_distill(hidden, head, wide, wide.long())

@@ -1,0 +1,99 @@
+"""Inputs for every kernel op, small and ragged, and the op as a function of its tensors alone."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from d2l_kernels import (
+    Segments,
+    cross_attention,
+    latent_attention,
+    segmented_lora,
+    topk_distill,
+)
+
+RAGGED = {
+    "equal": (4, 4),
+    "ragged": (5, 1, 7),
+    "empty segment": (0, 3, 0, 2),
+    "one token": (1,),
+    "long": (70, 130),
+}
+
+
+@dataclass
+class Case:
+    """Tensors that may require gradients, and ``fn(*tensors)``."""
+
+    tensors: list[torch.Tensor]
+    fn: object
+
+
+def lora(lengths, g, make):
+    rank = Segments.of((3, 0, 2, 5)[i % 4] for i in range(len(lengths)))
+    if len(set(lengths)) == 1:
+        rank = Segments((3,) * len(lengths))
+    tok = Segments(lengths)
+    tensors = [make(tok.total, 6), make(rank.total, 6), make(rank.total, 5)]
+    return Case(tensors, lambda x, A, B: segmented_lora(x, A, B, tok, rank, 1.7))
+
+
+def cross(lengths, g, make):
+    tok = Segments(lengths)
+    tensors = [make(len(lengths), 3, 4, 8), make(tok.total, 2, 8), make(tok.total, 2, 8)]
+    return Case(tensors, lambda q, k, v: cross_attention(q, k, v, tok))
+
+
+def latent(lengths, g, make, n_latents=3):
+    tok = Segments(lengths)
+    tensors = [
+        make(len(lengths), n_latents, 4, 8), make(tok.total, 12), make(12) + 1, make(16, 12),
+        make(16, 12),
+    ]  # fmt: skip
+    return Case(tensors, lambda *t: latent_attention(*t, tok, 1e-5))
+
+
+def distill(lengths, g, make, softcap=None):
+    n, vocab, k = sum(lengths), 17, 4
+    order = torch.rand(n, vocab, generator=g).argsort(-1)[:, :k]
+    logprob = torch.randn(n, k, generator=g, dtype=torch.float64).log_softmax(-1) - 0.1
+    weight = torch.rand(n, generator=g, dtype=torch.float64)
+    head = make(vocab, 6)
+
+    def fn(hidden):
+        loss, _ = topk_distill(
+            hidden, head.to(hidden), logprob, order, softcap, weight.to(hidden.device)
+        )
+        return loss
+
+    return Case([make(n, 6)], fn)
+
+
+OPS = {
+    "segmented_lora": lora,
+    "cross_attention": cross,
+    "latent_attention": latent,
+    "latent_attention, many": partial(latent, n_latents=40),
+    "topk_distill": distill,
+    "topk_distill, softcap": partial(distill, softcap=2.0),
+}
+
+
+def case(op, lengths, dtype=torch.float64, seed=0):
+    """Build the case of an op; float64 inputs are rounded to ``dtype``, so all dtypes compare."""
+    g = torch.Generator().manual_seed(seed)
+
+    def make(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+    return OPS[op](lengths, g, make)
+
+
+def run(one, d_out=None):
+    """Return the output and the gradient of every tensor, for a fixed output gradient."""
+    tensors = [t.detach().clone().requires_grad_() for t in one.tensors]
+    out = one.fn(*tensors)
+    g = torch.Generator().manual_seed(1)
+    d_out = torch.randn(out.shape, generator=g, dtype=torch.float64).to(out)
+    grads = torch.autograd.grad((out * d_out).sum(), tensors)
+    return out.detach(), *grads
