@@ -159,11 +159,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         ),
         "eval": NeedleEval(
             lengths=tuple(64 * 2**i for i in range(12)),
-            n_docs=(20,) * 8 + (10,) * 4,
+            n_docs=(50,) * 8 + (20,) * 4,
             context_lengths=(64, 256, 1024, 4096, 8192),
             n_context=(20, 10, 5, 3, 2),
             variant_lengths=(256,),
-            n_variant=10,
+            n_variant=50,
             batch=10,
             max_new_tokens=16,
         ),
