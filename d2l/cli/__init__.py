@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from ..experiments import CannotRun
-from . import doctor, reproducing
+from . import chat, doctor, documents, reproducing
 from .common import console
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn documents into LoRA adapters of a language model, and reproduce the paper.",
 )
+app.add_typer(documents.app)
+app.add_typer(chat.app)
 app.add_typer(doctor.app)
 app.add_typer(reproducing.app)
 
