@@ -20,7 +20,6 @@ import torch
 from .chunking import group_by_length
 from .data.needle import NeedleGenerator
 from .evaluate import MIB
-from .lora import LoraBatch
 from .model import DocToLoRA
 
 
@@ -38,8 +37,8 @@ def internalize_cost(model: DocToLoRA, n_tok: int, *, repeats: int = 3) -> dict[
     model.internalize(" ".join(sample.document.split()[:600]))
     gc.collect()
     with _peak_mib(model.base.device) as peak:
-        lora: LoraBatch = model.internalize(sample.document)
-    adapter_mib = lora.nbytes / MIB
+        adapter = model.internalize(sample.document)
+    adapter_mib = adapter.nbytes / MIB
     whole, bare = [], []
     for _ in range(repeats):
         whole.append(_seconds(model, lambda: model.internalize(sample.document)))

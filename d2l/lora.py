@@ -85,16 +85,18 @@ class LoraBatch:
 
     @staticmethod
     def cat(parts: Sequence[LoraBatch]) -> LoraBatch:
-        """Put several batches of documents side by side.
+        """Put several batches of documents side by side; one batch alone is not copied.
 
         Raises ValueError when they were made for different layers, modules or multipliers.
         """
-        first = parts[0]
-        for part in parts:
+        first, *others = parts
+        for part in others:
             if (part.layers, part.A.keys(), part.multiplier) != (
                 first.layers, first.A.keys(), first.multiplier,
             ):  # fmt: skip
                 raise ValueError("adapters of different hypernetworks cannot share a batch")
+        if not others:
+            return first
         return dataclasses.replace(
             first,
             A={m: torch.cat([p.A[m] for p in parts], 1) for m in first.A},

@@ -31,9 +31,9 @@ RESULTS = {"artifacts", "measures", "claims", "figures"}
 EXPERIMENTS_ONLY = RESULTS | {"experiments", "notebooks", "bench", "tiny_training"}
 FLOORS = (
     {"config", "types", "lm", "home", "intervals", "documents"},
-    {"hypernet", "perceiver", "lora", "chunking"},
-    {"model", "losses", "data", "checkpoint", "published"},
-    {"train", "evaluate", "baselines", "bench", "tiny_training", "export"} | RESULTS,
+    {"hypernet", "perceiver", "lora", "chunking", "adapter", "export"},
+    {"model", "reading", "losses", "data", "checkpoint", "published", "pretrained"},
+    {"train", "evaluate", "baselines", "bench", "tiny_training", "store"} | RESULTS,
     {"__init__"},
     {"experiments"},
     {"notebooks", "cli", "__main__"},

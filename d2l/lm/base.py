@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from ..home import repo_root
 from .chat import chat_affixes, render_chat
@@ -62,6 +62,11 @@ class LanguageModel:
         """Longest sequence that the model was made for."""
         return int(self.model.config.get_text_config().max_position_embeddings)
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the model can embed."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identify the base, whatever dtype it is loaded in.
@@ -80,10 +85,13 @@ def load_base(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    nf4: bool = False,
 ) -> LanguageModel:
     """Load a frozen base by name: one of ``KNOWN_BASES``, a folder, or a hub name ``org/model``.
 
     ``attn_implementation`` None takes the fastest that the architecture allows.
+    ``nf4`` quantises to 4 bits as the published encoder is (double quantisation, bf16 compute);
+    it needs bitsandbytes.
     Code from a model's repository is never run.  Raises ValueError for an unknown name and for
     damaged files, OSError when a model cannot be fetched.
 
@@ -97,11 +105,15 @@ def load_base(
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation=attn_implementation
+                source,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                quantization_config=_nf4() if nf4 else None,
+                device_map={"": device} if nf4 else None,
             )
     except Exception as error:
         raise _explained(error, name_or_path, on_hub) from error
-    model.to(device).eval().requires_grad_(False)
+    (model if nf4 else model.to(device)).eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, name_or_path)
 
 
@@ -120,6 +132,15 @@ def fingerprint_of(model: Any) -> str:
         rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(rounded.view(torch.uint8).reshape(-1).numpy().data)
     return digest.hexdigest()
+
+
+def _nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def _locate(name: str) -> tuple[str, bool]:

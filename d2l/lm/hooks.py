@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,6 +54,28 @@ def widths_of(linear: nn.Module) -> tuple[int, int]:
     return d_in, d_out
 
 
+@dataclass(frozen=True)
+class Site:
+    """A linear that can be adapted: layer, name there, path in the model, and widths."""
+
+    layer: int
+    module: str
+    path: str
+    d_in: int
+    d_out: int
+
+
+def sites_of(model: Any) -> list[Site]:
+    """List the linears of all decoder layers, layer by layer."""
+    decoder, name = decoder_of(model)
+    path_of = {id(m): path for path, m in model.named_modules()}
+    return [
+        Site(index, module, path_of[id(linear)], *widths_of(linear))
+        for index, layer in enumerate(getattr(decoder, name))
+        for module, linear in linears_of(layer).items()
+    ]
+
+
 def instrument(model: Any) -> None:
     """Register the hooks on every linear of every decoder layer; a second call does nothing."""
     if getattr(model, "_d2l_instrumented", False):
@@ -62,6 +85,11 @@ def instrument(model: Any) -> None:
         for module, linear in linears_of(layer).items():
             linear.register_forward_hook(_hook(model, index, module))
     model._d2l_instrumented = True
+
+
+def is_merged(model: Any) -> bool:
+    """Say whether an adapter has been added to the model's weights."""
+    return getattr(model, "_d2l_merged", False)
 
 
 @contextmanager
@@ -83,6 +111,6 @@ def _hook(model: nn.Module, layer: int, module: str) -> Callable[..., Tensor | N
         if active is None or active[0] is not model:
             return None
         update = active[1](layer, module, args[0])
-        return None if update is None else out + update.to(out.dtype)
+        return None if update is None else out + update[..., : out.shape[-1]].to(out.dtype)
 
     return add
