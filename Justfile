@@ -105,5 +105,5 @@ _setup:
         "$chosen" -m venv $([[ -f {{ quote(venv / "pyvenv.cfg") }} ]] && echo --clear) {{ quote(venv) }}
     fi
     echo "Installing the pinned packages into {{ venv }} (once; torch is a large download)"
-    {{ python }} -m pip install $([[ -t 1 ]] || echo --quiet) -c constraints.txt -e ./kernels -e '.[dev,lab]'
+    {{ python }} -m pip install $([[ -t 1 ]] || echo --quiet) -c constraints.txt -e ./kernels -e '.[dev,lab,documents]'
     echo {{ fingerprint }} > "$stamp"

@@ -115,11 +115,12 @@ def from_peft(folder: str | Path, base: LanguageModel) -> Adapter:
     known, found = {s.path: s for s in sites_of(base.model)}, {}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", key)
-        site = known.get(match[1]) if match else None
-        shape = site and ((r, site.d_in) if match[2] == "A" else (site.d_out, r))
+        path, name = match.groups() if match else ("", "")
+        site = known.get(path)
+        shape = site and ((r, site.d_in) if name == "A" else (site.d_out, r))
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{folder}: {key!r} fits no linear of {base.name!r} at rank {r}")
-        found[site, match[2]] = tensor if match[2] == "A" else tensor.mT
+        found[site, name] = tensor if name == "A" else tensor.mT
     sites = tuple(sorted({site for site, _ in found}, key=lambda s: (s.layer, s.module)))
     layers = sorted({s.layer for s in sites})
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from .checkpoint import CONFIG, WEIGHTS, SavedHypernet, assemble, load_hypernet
 from .home import repo_root
-from .lm.base import LanguageModel, load_base
+from .lm.base import LanguageModel, load_base, native_dtype
 from .model import DocToLoRA
 from .published import PUBLISHED_WEIGHTS, read_published
 
@@ -31,7 +31,7 @@ def from_pretrained(
     is run.  ``base`` takes the place of the recorded base: a name for `load_base`, or a loaded one,
     which keeps its device and dtype.  ``device`` "auto" is CUDA, else MPS, else the CPU; ``dtype``
     "auto" the one that the hypernetwork was trained with where it is recorded, else bfloat16 on a
-    GPU and float32 on the CPU.  A released checkpoint that read through a 4-bit encoder gets one
+    GPU and float32 on the CPU (and on a CPU that only emulates bfloat16).  A released checkpoint that read through a 4-bit encoder gets one
     (NF4, with bitsandbytes on CUDA); elsewhere it reads in ``dtype``, with a warning.
 
     Raises ValueError for an unknown name, a damaged or foreign file, or a base that does not fit;
@@ -46,7 +46,7 @@ def from_pretrained(
         kind = getattr(torch, usual if dtype == "auto" else str(dtype).removeprefix("torch."), None)
         if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
             raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
-        base = load_base(base or saved.base_name, device=at, dtype=kind)
+        base = load_base(base or saved.base_name, device=at, dtype=native_dtype(at, kind))
     return assemble(saved, base, str(name_or_path), encoder_base=_quantized_reader(saved, base))
 
 

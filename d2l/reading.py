@@ -5,7 +5,6 @@ What a document may be, how it becomes chunks, and how its adapter grows stand h
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import itertools
 import warnings
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .adapter import Adapter, Source
 from .chunking import cut, fewest_chunks, split
+from .documents import read
 from .lm.chat import blocks_of, chat_affixes, stream_chat
 from .lora import ChunkLora, Factors
 
@@ -29,8 +29,6 @@ Document = str | Path | Sequence[int] | Tensor | Iterator[str]
 
 EMPTY = "the document is empty: give some text to internalise"
 STREAMED_CHARS = 1_000_000
-_PLAIN_SUFFIXES = ("", ".txt", ".md")
-_BLOCK_BYTES = 1 << 16
 
 
 class Reading:
@@ -189,32 +187,9 @@ def title_of(text: str) -> str:
 
 
 def text_of(path: Path) -> str | Iterator[str]:
-    """Return a file's text, in pieces where it is plain and long; other formats are converted.
-
-    Raises ValueError for what is no text: zero bytes, or bytes that are not UTF-8.
-    """
-    if path.suffix.lower() not in _PLAIN_SUFFIXES:
-        from .documents import read  # pyright: ignore[reportMissingImports]
-
-        return read(path)
-    pieces = _decoded(path)
+    """Return a file's text, in pieces where the file is large; raises as `d2l.documents.read`."""
+    pieces = read(path)
     return pieces if path.stat().st_size > STREAMED_CHARS else "".join(pieces)
-
-
-def _decoded(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with path.open("rb") as file:
-        for at in itertools.count(step=_BLOCK_BYTES):
-            block = file.read(_BLOCK_BYTES)
-            if b"\0" in block:
-                raise ValueError(f"{path} is a binary file: it holds zero bytes, text never does")
-            try:
-                yield decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                near = at + error.start
-                raise ValueError(f"{path} is not UTF-8 near byte {near}: convert it") from error
-            if not block:
-                return
 
 
 def _full_rank_factors(total: Factors, rank: int) -> ChunkLora:

@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from tqdm import tqdm
 
 from .adapter import Adapter
 from .model import DocToLoRA
-from .reading import Document, sha256_of, text_of
+from .reading import Document, Reading, sha256_of, text_of
+
+Watch = Callable[[Reading], Iterable[int]]
 
 
 class AdapterStore:
@@ -62,12 +64,13 @@ class AdapterStore:
         return adapter.save(self.path(model, adapter.sources[0].sha256))
 
     def get_or_internalize(
-        self, model: DocToLoRA, document: Document, *, title: str | None = None
+        self, model: DocToLoRA, document: Document, *, title: str | None = None, watch: Watch = iter
     ) -> Adapter:
         """Return the stored adapter of a document; read the document if there is none.
 
         A damaged file is read again and replaced; an adapter that cannot be stored (a full disk) is
         returned all the same: both with a warning.  An iterator is always read.
+        ``watch`` gets the `Reading` and iterates over it, e.g. under a progress bar.
 
         Raises ValueError as `DocToLoRA.read` does.
         """
@@ -76,7 +79,7 @@ class AdapterStore:
             title, content = title or document.name, text_of(document)
             document = content if isinstance(content, str) else document
         elif isinstance(document, Iterator):
-            return self._read(model, document, title)
+            return self._read(model, document, title, watch)
         sha256 = sha256_of(content)
         path = self.path(model, sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,10 +89,15 @@ class AdapterStore:
             except ValueError as error:
                 warnings.warn(f"{error}; the document is read again", UserWarning, stacklevel=2)
                 found = None
-            return found or self._read(model, document, title)
+            return found or self._read(model, document, title, watch)
 
-    def _read(self, model: DocToLoRA, document: Document, title: str | None) -> Adapter:
-        adapter = model.internalize(document, title=title)
+    def _read(
+        self, model: DocToLoRA, document: Document, title: str | None, watch: Watch
+    ) -> Adapter:
+        reading = model.read(document, title=title)
+        for _ in watch(reading):
+            pass
+        adapter = reading.adapter
         try:
             self.put(model, adapter)
         except OSError as error:

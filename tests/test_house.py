@@ -30,9 +30,9 @@ RESULTS = {"artifacts", "measures", "claims", "figures"}
 # rooms of d2l from the ground up; a room may use its own floor and those below
 EXPERIMENTS_ONLY = RESULTS | {"experiments", "notebooks", "bench", "tiny_training"}
 FLOORS = (
-    {"config", "types", "lm", "home", "intervals"},
+    {"config", "types", "lm", "home", "intervals", "documents"},
     {"hypernet", "perceiver", "lora", "chunking", "adapter", "export"},
-    {"model", "reading", "documents", "losses", "data", "checkpoint", "published", "pretrained"},
+    {"model", "reading", "losses", "data", "checkpoint", "published", "pretrained"},
     {"train", "evaluate", "baselines", "bench", "tiny_training", "store"} | RESULTS,
     {"__init__"},
     {"experiments"},
@@ -48,6 +48,7 @@ CONFINED = {
     "flash_attn": ("d2l_kernels.*flash*",),
     "matplotlib": ("d2l.figures",),
     "seaborn": ("d2l.figures",),
+    **dict.fromkeys(("bs4", "mammoth", "markdownify", "pypdf"), ("d2l.documents",)),
     "pandas": ("d2l.experiments", "d2l.experiments.*", *(f"d2l.{room}" for room in RESULTS)),
 }
 KERNELS_USE = {"d2l_kernels", "torch", "jaxtyping", "triton", "flash_attn"}
@@ -281,8 +282,8 @@ def test_import_law_allows(module, source):
 
 
 def test_imported_packages_are_declared():
-    known = {canonicalize_name(r.name) for r in declared("dev", "flash")}
-    known |= {"d2l", "d2l-kernels", "triton"}
+    known = {canonicalize_name(r.name) for r in declared("dev", "flash", "lab", "documents")}
+    known |= {"d2l", "d2l-kernels", "triton", "bs4"}
     missing = {
         (module, top)
         for module, source in SOURCES.items()
@@ -374,18 +375,18 @@ def test_machine_paths_are_seen():
 
 def test_constraints_pin_what_the_packages_ask():
     pinned = pins((ROOT / "constraints.txt").read_text())
-    for requirement in declared("dev", "lab"):
+    for requirement in declared("dev", "lab", "documents"):
         pin = pinned[canonicalize_name(requirement.name)]
         version = str(pin.specifier).removeprefix("==")
         assert requirement.specifier.contains(version), f"{requirement} does not admit {pin}"
 
 
 def test_constraints_pin_everything_installed():
-    wanted = declared("dev", "lab")
+    wanted = declared("dev", "lab", "documents")
     try:
         reached = closure(wanted)
     except PackageNotFoundError as error:
-        pytest.skip(f"the extra lab is not installed: {error}")
+        pytest.skip(f"an extra is not installed: {error}")
     of_torch = {name for name in reached if re.match(r"nvidia-|cuda-|triton$", name)}
     pinned = set(pins((ROOT / "constraints.txt").read_text()))
     assert reached - of_torch <= pinned, "add these to constraints.txt"
@@ -406,9 +407,9 @@ def test_environment_file_agrees():
     assert SpecifierSet(conda["just"]).contains(just)
 
     lines = environment["dependencies"][-1]["pip"]
-    assert lines == ["-c constraints.txt", "-e ./kernels", "-e .[dev,lab]"]
+    assert lines == ["-c constraints.txt", "-e ./kernels", "-e .[dev,lab,documents]"]
     justfile = (ROOT / "Justfile").read_text()
-    assert "-c constraints.txt -e ./kernels -e '.[dev,lab]'" in justfile
+    assert "-c constraints.txt -e ./kernels -e '.[dev,lab,documents]'" in justfile
 
 
 def test_import_is_quiet():
