@@ -129,7 +129,7 @@ def from_peft(folder: str | Path, base: LanguageModel) -> Adapter:
         for m in sorted({s.module for s in sites}):
             of = {s.layer: s for s in sites if s.module == m}
             widest = max(getattr(s, width) for s in of.values())
-            rows = [found.get((of.get(i), name), torch.zeros(r, 0)) for i in layers]
+            rows = [found.get((of.get(i), name), torch.zeros(r, 0)).to(base.device) for i in layers]
             out[m] = torch.stack([F.pad(t, (0, widest - t.shape[1])) for t in rows])
         return out
 

@@ -244,7 +244,7 @@ class DocToLoRA:
             return [], 0
         order, delta = self._route(len(prompts), adapters)
         tokenizer, device = self.base.tokenizer, self.base.device
-        rows = [self._prompt(prompts[i]) for i in order]
+        rows = [self.prompt_ids(prompts[i]) for i in order]
         width = max(map(len, rows))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
@@ -281,7 +281,8 @@ class DocToLoRA:
         if is_merged(self.base.model):
             raise ValueError("an adapter is merged into the base: unmerge it first")
 
-    def _prompt(self, prompt: Prompt) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's ids as the base sees them; ValueError for an empty one."""
         ids = render_chat(self.base.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         if not ids or (isinstance(prompt, str) and not prompt.strip()):
             raise ValueError("a prompt is empty: ask something")

@@ -31,8 +31,8 @@ def from_pretrained(
     is run.  ``base`` takes the place of the recorded base: a name for `load_base`, or a loaded one,
     which keeps its device and dtype.  ``device`` "auto" is CUDA, else MPS, else the CPU; ``dtype``
     "auto" the one that the hypernetwork was trained with where it is recorded, else bfloat16 on a
-    GPU and float32 on the CPU (and on a CPU that only emulates bfloat16).  A released checkpoint that read through a 4-bit encoder gets one
-    (NF4, with bitsandbytes on CUDA); elsewhere it reads in ``dtype``, with a warning.
+    GPU; a CPU that only emulates bfloat16 gets float32.  A released checkpoint that read through a
+    4-bit encoder gets one (NF4, with bitsandbytes on CUDA), or reads in ``dtype`` with a warning.
 
     Raises ValueError for an unknown name, a damaged or foreign file, or a base that does not fit;
     OSError for what cannot be fetched.  Warns when the base has other weights than recorded.
