@@ -193,15 +193,15 @@ class Adapter:
     def factors(
         self,
     ) -> Iterator[tuple[Site, Float[Tensor, "rank d_in"], Float[Tensor, "rank d_out"]]]:
-        """Yield every linear's own ``A`` and ``B`` in float32, all scales in B: delta W = B^T A."""
+        """Yield every linear's own A and B, all scales in B, float32 or more: delta W = B^T A."""
         for site in self.sites:
             row = self.layers.index(site.layer)
             A, B = self.A[site.module][row], self.B[site.module][row]
             gain = self._gain(B.device)[:, None]
-            yield site, A[:, : site.d_in].float(), B[:, : site.d_out].float() * gain
+            yield site, _wide(A[:, : site.d_in]), _wide(B[:, : site.d_out]) * gain
 
     def delta_W(self, layer: int, module: str) -> Float[Tensor, "d_out d_in"]:
-        """Return what the adapter adds to a linear's weight, in float32.
+        """Return what the adapter adds to a linear's weight, in float32 or more.
 
         Raises ValueError for a linear that the adapter does not change.
         """
@@ -217,7 +217,7 @@ class Adapter:
             gain = self._gain(device)[:, None]
             self._ready[key] = LoraBatch(
                 A={m: t.to(device, dtype) for m, t in self.A.items()},
-                B={m: (t.to(device).float() * gain).to(dtype) for m, t in self.B.items()},
+                B={m: (_wide(t.to(device)) * gain).to(dtype) for m, t in self.B.items()},
                 rank=Segments((self.rank,)),
                 layers=self.layers,
                 multiplier=1.0,
@@ -304,6 +304,10 @@ def save_tensors(path: str | Path, tensors: Factors, metadata: dict[str, str]) -
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(0, str(error)) from error
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _finite(value: float) -> float:

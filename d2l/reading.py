@@ -10,7 +10,7 @@ import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +115,7 @@ class Reading:
                 stacklevel=3,
             )
 
-    def _open(self, document: Document) -> Iterator[list[int]]:
+    def _open(self, document: Any) -> Iterator[list[int]]:
         if isinstance(document, Path):
             self.title = self.title or document.name
             document = text_of(document)
@@ -126,7 +126,7 @@ class Reading:
             self.title = self.title or title_of(document)
         elif isinstance(document, str | Iterator):
             return self._stream(iter([document]) if isinstance(document, str) else document)
-        elif isinstance(document, Sequence) and all(type(i) is int for i in document):
+        elif isinstance(document, list | tuple) and all(type(i) is int for i in document):
             chunks = self._chunks_of_ids(document)
         else:
             raise ValueError(
