@@ -53,8 +53,8 @@ def internalize(
 
 @app.command(rich_help_panel=PANEL)
 def ask(
-    documents: Sources,
-    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    documents: Sources = [],  # noqa: B006
+    question: Annotated[str, typer.Argument(help="What you want to know.")] = ...,
     model: ModelName = DEFAULT_MODEL,
     strength: Strength = 1.0,
     compare: Annotated[
@@ -77,7 +77,8 @@ def ask(
         from ..documents import read_text
 
         text = read_text(documents[0])
-        answers = compared(loaded, question, adapter, text, max_new_tokens=max_new_tokens)
+        options = {"max_new_tokens": max_new_tokens}
+        answers = list(compared(loaded, question, adapter, text, **options))
         if as_json:
             common.print_json([dataclasses.asdict(a) for a in answers])
             return
