@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from d2l_kernels import Segments
@@ -26,6 +26,7 @@ from .lm.hooks import Site
 from .lora import Factors, LoraBatch
 
 _FORMAT = "d2l-adapter-1"
+_PLAIN = ("multiplier", "base_name", "base_fingerprint", "hypernet_id", "bias_rows", "strength")
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,8 @@ class Source:
     weight: float = 1.0
     folded: bool = False
 
-
-class Chunk(NamedTuple):
-    """A chunk of an adapter: its document, its number there, its tokens, its rank rows."""
-
-    document: Source
-    index: int
-    n_tok: int
-    rows: slice
+    def __str__(self) -> str:
+        return f"{self.title!r} ({self.sha256[:12]})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +56,8 @@ class Adapter:
     ``delta W = multiplier * strength * (sum_d w_d sum_c B_dc^T A_dc + bias_B^T bias_A)``
     over documents d with weight ``w_d`` and their chunks c.  The hypernetwork's learned bias, which
     belongs to no document, counts once per composition, as it does for one long document: ``a + b``
-    is what one document made of both texts' chunks would be.  Strength scales all of delta W,
-    bias included, so strength 0 is the base; a weight scales one document alone.
+    is what one document of both texts' chunks would be.  Strength scales all of delta W, bias
+    included, so strength 0 is the base; a weight scales one document alone.
 
     ``A[module]`` is (layer, rank, d_in) and ``B[module]`` (layer, rank, d_out), the rank axis
     document after document, the bias last; a layer with narrower linears uses leading columns.
@@ -96,147 +91,133 @@ class Adapter:
         return sum(t.nbytes for t in (*self.A.values(), *self.B.values()))
 
     @property
-    def chunks(self) -> list[Chunk]:
-        """Map chunks to rank rows, in order; a folded document has none."""
+    def chunks(self) -> list[tuple[Source, int, slice]]:
+        """List ``(document, tokens, rank rows)`` of every chunk; a folded document has none."""
         found, start = [], 0
         for source in self.sources:
-            n = len(source.chunk_tok)
-            for i, n_tok in enumerate(() if source.folded else source.chunk_tok):
-                rows = slice(start + i * source.rows // n, start + (i + 1) * source.rows // n)
-                found.append(Chunk(source, i, n_tok, rows))
+            tok = () if source.folded else source.chunk_tok
+            r = source.rows // max(1, len(tok))
+            found += [
+                (source, n, slice(start + i * r, start + (i + 1) * r)) for i, n in enumerate(tok)
+            ]
             start += source.rows
         return found
 
     def __add__(self, other: Adapter) -> Adapter:
         """Compose with another adapter of the same hypernetwork.
 
-        Weights are kept.  Where the strengths differ the sum has the greater one, and the documents
-        of the other get smaller weights, so each keeps its share of delta W.
+        Where strengths differ the sum has the greater one, and the other's documents get smaller
+        weights, so that each keeps its share of delta W.
 
         Raises ValueError for another base or hypernetwork, and for a document that is in both.
         """
-        if not isinstance(other, Adapter):
-            return NotImplemented
         if (self.hypernet_id, self.base_fingerprint) != (other.hypernet_id, other.base_fingerprint):
             raise ValueError(
                 f"cannot add adapters of different hypernetworks: {self.hypernet_id[:12]} of base "
                 f"{self.base_name!r} and {other.hypernet_id[:12]} of {other.base_name!r}"
             )
-        both = {s.sha256 for s in self.sources} & {s.sha256 for s in other.sources}
-        if both:
-            twice = next(s for s in self.sources if s.sha256 in both)
-            raise ValueError(
-                f"{_name(twice)} is in both adapters; to count it more, use weighted(doc, weight)"
-            )
+        known = {s.sha256 for s in self.sources}
+        for twice in (s for s in other.sources if s.sha256 in known):
+            raise ValueError(f"{twice} is in both adapters; to count it more, give it a weight")
         strength = max(self.strength, other.strength, key=abs)
-        sources = tuple(
-            replace(s, weight=s.weight * part.strength / strength) if strength else s
-            for part in (self, other)
-            for s in part.sources
-        )
         n = self.rank - self.bias_rows
-
-        def join(a: Tensor, b: Tensor) -> Tensor:
-            b = b.to(a)
-            return torch.cat([a[:, :n], b], 1)
-
         return replace(
             self,
-            A={m: join(t, other.A[m]) for m, t in self.A.items()},
-            B={m: join(t, other.B[m]) for m, t in self.B.items()},
-            sources=sources,
+            A={m: torch.cat([t[:, :n], other.A[m].to(t)], 1) for m, t in self.A.items()},
+            B={m: torch.cat([t[:, :n], other.B[m].to(t)], 1) for m, t in self.B.items()},
+            sources=tuple(
+                replace(s, weight=s.weight * part.strength / (strength or 1.0))
+                for part in (self, other)
+                for s in part.sources
+            ),
             strength=strength,
         )
 
-    def find(self, document: str | Source) -> int:
-        """Return the position of a document: by `Source`, sha256 (or its start), or title.
+    def find(self, document: str) -> int:
+        """Return the position of a document, by its title or its sha256 (six digits are enough).
 
         Raises ValueError when none or several match.
         """
-        names = [(s.sha256, s.title) for s in self.sources]
-        key = document.sha256 if isinstance(document, Source) else document
-        at = [i for i, (sha, title) in enumerate(names) if key in (sha, title)]
-        at = at or [i for i, (sha, _) in enumerate(names) if len(key) >= 6 and sha.startswith(key)]
+        exact = [i for i, s in enumerate(self.sources) if document in (s.sha256, s.title)]
+        begun = [i for i, s in enumerate(self.sources) if s.sha256.startswith(document)]
+        at = exact or (begun if len(document) >= 6 else [])
         if len(at) != 1:
-            held = ", ".join(map(_name, self.sources))
-            problem = "several documents match" if at else "no document is"
-            raise ValueError(f"{problem} {key!r}; the adapter holds {held}")
+            held = ", ".join(map(str, self.sources))
+            problem = "several documents are" if at else "no document is"
+            raise ValueError(f"{problem} {document!r}; the adapter holds {held}")
         return at[0]
 
-    def without(self, document: str | Source) -> Adapter:
-        """Remove a document (found as by `find`); what remains is as if it had never been there.
+    def without(self, document: str) -> Adapter:
+        """Remove a document (as `find` finds it), as if it had never been there.
 
         Raises ValueError for an unknown document, and for the only one: ask without an adapter.
         """
-        index = self.find(document)
-        if len(self.sources) == 1:
-            raise ValueError(
-                f"{_name(self.sources[0])} is the only document; ask without an adapter instead"
-            )
-        return self._rearranged([i for i in range(len(self.sources)) if i != index])
+        index, n = self.find(document), len(self.sources)
+        if n == 1:
+            raise ValueError(f"{self.sources[0]} is the only document; ask without an adapter")
+        return self._arranged([*range(index), *range(index + 1, n)])
 
-    def replace(self, document: str | Source, new: Adapter) -> Adapter:
+    def replace(self, document: str, new: Adapter) -> Adapter:
         """Put ``new`` in the place of a document, e.g. after its text has changed.
 
-        It takes this adapter's strength and keeps its own weights.  Raises ValueError for an
-        unknown document and as ``+`` does.
+        It takes this adapter's strength.  Raises ValueError for an unknown document and as ``+``.
         """
         index, n = self.find(document), len(self.sources) - 1
-        others = self._rearranged([*range(index), *range(index + 1, n + 1)])
+        others = self._arranged([*range(index), *range(index + 1, n + 1)])
         joined = others + replace(new, strength=self.strength)
-        return joined._rearranged([*range(index), *range(n, len(joined.sources)), *range(index, n)])
+        return joined._arranged([*range(index), *range(n, len(joined.sources)), *range(index, n)])
 
-    def weighted(self, document: str | Source, weight: float) -> Adapter:
+    def weighted(self, document: str, weight: float) -> Adapter:
         """Set the weight of one document; 1 is as it was read, 0 silences it."""
+        sources = list(self.sources)
         index = self.find(document)
-        changed = replace(self.sources[index], weight=_finite("weight", weight))
-        return replace(self, sources=(*self.sources[:index], changed, *self.sources[index + 1 :]))
+        sources[index] = replace(sources[index], weight=_finite(weight))
+        return replace(self, sources=tuple(sources))
 
     def scaled(self, factor: float) -> Adapter:
         """Multiply ``strength``, and with it all of delta W, by ``factor``."""
-        return replace(self, strength=self.strength * _finite("factor", factor))
+        return replace(self, strength=self.strength * _finite(factor))
 
     def muted(self, chunks: Iterable[int]) -> Adapter:
         """Silence chunks by their positions in `chunks`, e.g. to see what each contributes."""
-        known = self.chunks
-        B = {m: t.clone() for m, t in self.B.items()}
-        for i in chunks:
-            for t in B.values():
-                t[:, known[i].rows] = 0
-        return replace(self, B=B)
+        known, silent = self.chunks, list(chunks)
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Adapter:
-        """Move or convert the factors."""
-        return self._map(lambda t: t.to(device=device, dtype=dtype))
+        def mute(t: Tensor) -> Tensor:
+            t = t.clone()
+            for i in silent:
+                t[:, known[i][2]] = 0
+            return t
+
+        return replace(self, B={m: mute(t) for m, t in self.B.items()})
+
+    def factors(
+        self,
+    ) -> Iterator[tuple[Site, Float[Tensor, "rank d_in"], Float[Tensor, "rank d_out"]]]:
+        """Yield every linear's own A and B, all scales in B, float32 or more: delta W = B^T A."""
+        for site in self.sites:
+            row = self.layers.index(site.layer)
+            A, B = self.A[site.module][row], self.B[site.module][row]
+            gain = self._gain(B.device)[:, None]
+            yield site, _wide(A[:, : site.d_in]), _wide(B[:, : site.d_out]) * gain
 
     def delta_W(self, layer: int, module: str) -> Float[Tensor, "d_out d_in"]:
-        """Return what the adapter adds to a linear's weight, in float32.
+        """Return what the adapter adds to a linear's weight, in float32 or more.
 
         Raises ValueError for a linear that the adapter does not change.
         """
-        site = next((s for s in self.sites if (s.layer, s.module) == (layer, module)), None)
-        if site is None:
-            raise ValueError(f"the adapter does not change {module!r} of layer {layer}")
-        row = self.layers.index(layer)
-        A = self.A[module][row, :, : site.d_in].float()
-        B = self.B[module][row, :, : site.d_out].float()
-        return (B * self.gain(B.device)[:, None]).mT @ A
-
-    def gain(self, device: Any) -> Float[Tensor, " rank"]:
-        """Return the factor of every rank row on delta W: multiplier, strength and weight."""
-        rows = [s.rows for s in self.sources] + [self.bias_rows]
-        weights = [s.weight for s in self.sources] + [1.0]
-        gain = torch.tensor(weights, device=device) * (self.multiplier * self.strength)
-        return gain.repeat_interleave(torch.tensor(rows, device=device))
+        for site, A, B in self.factors():
+            if (site.layer, site.module) == (layer, module):
+                return B.mT @ A
+        raise ValueError(f"the adapter does not change {module!r} of layer {layer}")
 
     def batch(self, device: Any, dtype: torch.dtype) -> LoraBatch:
-        """Return the factors as a batch of one, strength and weights in B; kept for later calls."""
+        """Return the factors as a batch of one, all scales in B; kept for later calls."""
         key = (torch.device(device), dtype)
         if key not in self._ready:
-            gain = self.gain(device)[:, None]
+            gain = self._gain(device)[:, None]
             self._ready[key] = LoraBatch(
                 A={m: t.to(device, dtype) for m, t in self.A.items()},
-                B={m: (t.to(device).float() * gain).to(dtype) for m, t in self.B.items()},
+                B={m: (_wide(t.to(device)) * gain).to(dtype) for m, t in self.B.items()},
                 rank=Segments((self.rank,)),
                 layers=self.layers,
                 multiplier=1.0,
@@ -248,19 +229,12 @@ class Adapter:
 
         Raises OSError when it cannot be written; an older file at ``path`` is then untouched.
         """
-        tensors = {f"{n}.{m}": t.cpu().contiguous() for n, m, t in self._tensors()}
-        record = {
-            "format": _FORMAT,
-            "sha256": _digest(tensors),
-            "sources": [asdict(s) for s in self.sources],
-            "sites": [asdict(s) for s in self.sites],
-            **{name: getattr(self, name) for name in _PLAIN},
-        }
-        with replacing(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={"d2l": json.dumps(record)})
-            except SafetensorError as error:
-                raise OSError(0, str(error)) from error
+        tensors = {f"A.{m}": t.cpu().contiguous() for m, t in self.A.items()}
+        tensors |= {f"B.{m}": t.cpu().contiguous() for m, t in self.B.items()}
+        record = {"format": _FORMAT, "sha256": _digest(tensors)}
+        record |= {name: [asdict(x) for x in getattr(self, name)] for name in ("sources", "sites")}
+        record |= {name: getattr(self, name) for name in _PLAIN}
+        save_tensors(path, tensors, {"d2l": json.dumps(record)})
         return Path(path)
 
     @staticmethod
@@ -276,36 +250,21 @@ class Adapter:
             with safe_open(path, "pt") as file:
                 record = json.loads((file.metadata() or {}).get("d2l", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
+            if record.get("format") != _FORMAT:
+                raise ValueError(f"its format is {record.get('format')!r}, not {_FORMAT!r}")
+            if record["sha256"] != _digest(tensors):
+                raise ValueError("its tensors are not those that were saved")
+            factors = [
+                {k[2:]: t.to(device) for k, t in tensors.items() if k[0] == name} for name in "AB"
+            ]
+            sources = [
+                Source(**s | {"chunk_tok": tuple(s["chunk_tok"])}) for s in record["sources"]
+            ]
+            sites = [Site(**s) for s in record["sites"]]
+            plain = {name: record[name] for name in _PLAIN}
+            return Adapter(*factors, sources=tuple(sources), sites=tuple(sites), **plain)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no adapter of ours, or is damaged: {error}") from error
-        if record.get("format") != _FORMAT:
-            raise ValueError(
-                f"{path} is no adapter of ours (its format is {record.get('format')!r}, expected "
-                f"{_FORMAT!r}); d2l.from_peft reads folders written by PEFT"
-            )
-        if record.get("sha256") != _digest(tensors):
-            raise ValueError(f"{path} is damaged: its tensors are not those that were saved")
-        try:
-            factors: dict[str, Factors] = {"A": {}, "B": {}}
-            for key, tensor in tensors.items():
-                factors[key[0]][key[2:]] = tensor.to(device)
-            sources = (
-                Source(**{**s, "chunk_tok": tuple(s["chunk_tok"])}) for s in record["sources"]
-            )
-            adapter = Adapter(
-                **factors,
-                sources=tuple(sources),
-                sites=tuple(Site(**s) for s in record["sites"]),
-                **{name: record[name] for name in _PLAIN},
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no adapter of ours: {error}") from error
-        wrong = [
-            k for k, t in tensors.items() if t.shape[:2] != (len(adapter.layers), adapter.rank)
-        ]
-        if wrong:
-            raise ValueError(f"{path} is damaged: {wrong[0]} does not fit its documents")
-        return adapter
 
     def to_peft(self, folder: str | Path, rank: int | None = None) -> Any:
         """Write a PEFT adapter; see `d2l.export.to_peft`."""
@@ -319,35 +278,42 @@ class Adapter:
 
         return merge(self, model)
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> Adapter:
-        A, B = ({m: fn(t) for m, t in f.items()} for f in (self.A, self.B))
-        return replace(self, A=A, B=B)
+    def _gain(self, device: Any) -> Float[Tensor, " rank"]:
+        rows = [s.rows for s in self.sources] + [self.bias_rows]
+        weights = torch.tensor([s.weight for s in self.sources] + [1.0], device=device)
+        gain = weights * (self.multiplier * self.strength)
+        return gain.repeat_interleave(torch.tensor(rows, device=device))
 
-    def _rearranged(self, documents: Sequence[int]) -> Adapter:
+    def _arranged(self, documents: Sequence[int]) -> Adapter:
         """Keep these documents, in this order, and the bias."""
         starts = Segments.of(s.rows for s in self.sources).offsets
         spans = [(starts[i], starts[i + 1]) for i in documents]
         spans.append((starts[-1], starts[-1] + self.bias_rows))
-        kept = self._map(lambda t: torch.cat([t[:, a:b] for a, b in spans], 1))
-        return replace(kept, sources=tuple(self.sources[i] for i in documents))
 
-    def _tensors(self) -> Iterable[tuple[str, str, Tensor]]:
-        for name, factors in (("A", self.A), ("B", self.B)):
-            for module, tensor in factors.items():
-                yield name, module, tensor
+        def pick(t: Tensor) -> Tensor:
+            return torch.cat([t[:, a:b] for a, b in spans], 1)
 
-
-_PLAIN = ("multiplier", "base_name", "base_fingerprint", "hypernet_id", "bias_rows", "strength")
+        A, B = ({m: pick(t) for m, t in f.items()} for f in (self.A, self.B))
+        return replace(self, A=A, B=B, sources=tuple(self.sources[i] for i in documents))
 
 
-def _finite(name: str, value: float) -> float:
+def save_tensors(path: str | Path, tensors: Factors, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.  Raises OSError when it cannot be written."""
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(0, str(error)) from error
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value}")
+        raise ValueError(f"a weight or strength must be a finite number, got {value}")
     return float(value)
-
-
-def _name(source: Source) -> str:
-    return f"{source.title!r} ({source.sha256[:12]})"
 
 
 def _digest(tensors: Factors) -> str:

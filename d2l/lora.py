@@ -159,12 +159,10 @@ def compose(
         out = {}
         for m, t in factors.items():
             t = t if w is None else t * w.to(t)[:, None, None, None]
-            by_layer = t.transpose(0, 1)
+            out[m] = t.transpose(0, 1).flatten(1, 2)
             if extra is not None:
-                tail = extra[m].to(t)[:, None]
-                pieces = by_layer.split(list(n_chunks), 1)
-                by_layer = torch.cat([p for piece in pieces for p in (piece, tail)], 1)
-            out[m] = by_layer.flatten(1, 2)
+                pieces = out[m].split([n * t.shape[2] for n in n_chunks], 1)
+                out[m] = torch.cat([p for piece in pieces for p in (piece, extra[m].to(t))], 1)
         return out
 
     r = next(iter(chunks.A.values())).shape[2]

@@ -25,9 +25,10 @@ from .lm.encoder import ContextEncoder
 from .lm.hooks import applied, instrument, is_merged, sites_of
 from .lm.stream import stream_text
 from .lora import ChunkLora, Delta, LoraBatch, route_rows
-from .reading import Document, Reading, sha256_of, title_of
+from .reading import EMPTY, Document, Reading, sha256_of, title_of
 
 Prompt = str | Sequence[int]
+Adapters = Adapter | Sequence[Adapter | None] | None
 
 
 def target_shapes(base: LanguageModel, config: HypernetConfig) -> TargetShapes:
@@ -125,7 +126,7 @@ class DocToLoRA:
         Raises ValueError for a document that is empty or shorter than a chunk's minimum.
         """
         if not document.strip():
-            raise ValueError("the document is empty: give some text to internalise")
+            raise ValueError(EMPTY)
         ids = render_chat(self.reader.tokenizer, document.strip())
         prefix, suffix = chat_affixes(self.reader.tokenizer)
         return split(ids, fewest_chunks(len(ids), self.chunk), prefix, suffix)
@@ -169,6 +170,7 @@ class DocToLoRA:
         Raises ValueError, before anything is encoded, for a document that is empty, too short, not
         text, or of another type; for a stream, where reading comes to it.
         """
+        self.refuse_if_merged()
         return Reading(self, document, title, chunks_at_once)
 
     def internalize(self, document: Document, *, title: str | None = None) -> Adapter:
@@ -219,20 +221,14 @@ class DocToLoRA:
         return self.generate([question], adapter, **options)[0]
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        adapters: Adapter | Sequence[Adapter | None] | None = None,
-        **options: Any,
+        self, prompts: Sequence[Prompt], adapters: Adapters = None, **options: Any
     ) -> list[str]:
         """Answer chat prompts; as `answer`, without the measurement."""
         return self.answer(prompts, adapters, **options)[0]
 
     @torch.no_grad()
     def answer(
-        self,
-        prompts: Sequence[Prompt],
-        adapters: Adapter | Sequence[Adapter | None] | None = None,
-        **options: Any,
+        self, prompts: Sequence[Prompt], adapters: Adapters = None, **options: Any
     ) -> tuple[list[str], int]:
         """Answer chat prompts together, each with its own adapter, or None for the bare base.
 
@@ -312,16 +308,14 @@ class DocToLoRA:
             raise ValueError("a prompt is empty: ask something")
         return ids
 
-    def _route(
-        self, n: int, adapters: Adapter | Sequence[Adapter | None] | None
-    ) -> tuple[list[int], Delta | None]:
+    def _route(self, n: int, adapters: Adapters) -> tuple[list[int], Delta | None]:
         """Bring rows with the same adapter together; return their order and the update."""
-        of_row = [adapters] * n if isinstance(adapters, Adapter | None) else list(adapters)
+        if adapters is None or isinstance(adapters, Adapter):
+            adapters = [adapters] * n
+        of_row = list(adapters)
         if len(of_row) != n:
-            raise ValueError(
-                f"{n} prompts need as many adapters (or one for all), got {len(of_row)}"
-            )
-        distinct: dict[int, Adapter] = {id(a): a for a in of_row if a is not None}
+            raise ValueError(f"{n} prompts need {n} adapters, or one for all, not {len(of_row)}")
+        distinct = {id(a): a for a in of_row if a is not None}
         if not distinct:
             return list(range(n)), None
         self.refuse_if_merged()
@@ -335,17 +329,14 @@ class DocToLoRA:
         return order, route_rows(loras, [docs[i] for i in order])
 
     def _check(self, adapter: Adapter) -> None:
+        made, here = f"made for base {adapter.base_name!r}", f"used with {self.base.name!r}"
         for site in adapter.sites:
             if self._sites.get((site.layer, site.module)) != site:
-                raise ValueError(
-                    f"the adapter was made for base {adapter.base_name!r}: {self.base.name!r} has "
-                    f"no linear {site.module!r} of {site.d_in} x {site.d_out} in layer {site.layer}"
-                )
+                raise ValueError(f"the adapter was {made}, {here}, which has no {site}")
         if adapter.base_fingerprint != self.base.fingerprint:
             warnings.warn(
-                f"the adapter was made for base {adapter.base_name!r} with fingerprint "
-                f"{adapter.base_fingerprint[:12]}, used with {self.base.name!r} with fingerprint "
-                f"{self.base.fingerprint[:12]}: answers may be wrong",
+                f"the adapter was {made} with fingerprint {adapter.base_fingerprint[:12]}, {here} "
+                f"with fingerprint {self.base.fingerprint[:12]}: answers may be wrong",
                 UserWarning,
                 stacklevel=5,
             )

@@ -101,7 +101,7 @@ def _adapter(model: DocToLoRA, source: str) -> Adapter:
     if path.suffix == ".safetensors":
         return Adapter.load(path, model.base.device)
     if path.is_dir():
-        return from_peft(path, model.base).to(model.base.device)
+        return from_peft(path, model.base)
     return AdapterStore(store_dir()).get_or_internalize(model, path, watch=progress)
 
 
