@@ -120,7 +120,8 @@ def progress(reading: Reading) -> Iterator[int]:
         TextColumn("{task.completed} chunks, {task.fields[tok]} tokens"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+    say = console(stderr=True)
+    with Progress(*columns, console=say, transient=True, disable=not say.is_terminal) as bar:
         task = bar.add_task(reading.title or "", total=reading.total_chunks, tok=0)
         for n_tok in reading:
             bar.update(task, completed=reading.n_chunks, tok=n_tok)

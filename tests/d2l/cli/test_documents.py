@@ -29,7 +29,7 @@ def desk(tmp_path, monkeypatch, tiny):
     """A folder with documents to stand in, a cache of its own, and a model that loads at once."""
     (tmp_path / "page.md").write_text(PAGE.format("4821"))
     (tmp_path / "page.pdf").write_bytes(files.pdf(PAGE.format("7305")))
-    (tmp_path / "word.txt").write_text("The special magic word is anchor. The sun is yellow.")
+    (tmp_path / "word.txt").write_text("The special magic word is lake. The sun is yellow.")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("D2L_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("D2L_MODEL", "fig2/tiny")
@@ -49,7 +49,7 @@ def test_ask_of_several_documents_of_any_format(desk, call):
     code, said = call("ask", "page.pdf", "word.txt", WORD_QUESTION, "--json")
     assert code == 0
     found = json.loads(said)
-    assert found["answer"] == "anchor"
+    assert found["answer"] == "lake"
     assert [d["title"] for d in found["documents"]] == ["page.pdf", "word.txt"]
     assert call("ask", "page.pdf", QUESTION) == (0, "7305\n")
 
@@ -118,7 +118,7 @@ def test_info_of_a_checkpoint_and_of_nothing(desk, call):
 
 def test_progress_counts_chunks(desk, tiny, capfd):
     long = tiny.read("The grass is green. " * 200, chunks_at_once=1)
-    assert list(common.progress(long))[-1] == long.n_tok
+    assert list(common.progress(long))[-1] == sum(long.adapter.sources[0].chunk_tok)
     assert long.n_chunks == long.total_chunks > 2
 
 
@@ -141,8 +141,8 @@ def test_progress_counts_chunks(desk, tiny, capfd):
         (("internalize", "page.md", "page.md"), 2, "is in both adapters"),
         (("export", "page.md", "word.txt"), 2, "word.txt is a file; give a folder"),
         (("export", "page.md", "out", "--rank", "0"), 2, "--rank"),
-        (("info", "nothing/here"), 1, "could not be fetched"),
-        (("info", "nothing"), 2, "no checkpoint 'nothing': give one of"),
+        (("info", "nothing/here"), 1, "cannot fetch 'nothing/here' from the hub"),
+        (("info", "nothing"), 2, "'nothing' is no checkpoint: give one of"),
         (("import", "fig2/tiny"), 2, "is in our format already"),
         (("import", "binary.bin"), 2, "cannot be read as a released checkpoint"),
     ],
@@ -172,7 +172,7 @@ def test_warnings_are_one_line(desk, call, tiny, monkeypatch):
     (desk / "long.txt").write_text("The grass is green. " * 200)
     code, said = call("internalize", "long.txt")
     assert code == 0
-    assert "warning: the document has more chunks than the 1 that" in said
+    assert "warning: the document has more than the 1 chunks" in said
     assert "UserWarning" not in said
 
 
@@ -233,7 +233,7 @@ def test_chat_adds_forgets_and_answers(desk, call, monkeypatch, tiny):
     assert lines[2] == "there is no file no such file"
     assert "'word.txt'" in lines[3]
     assert "in both" in lines[3]
-    assert lines[4] == "anchor"
+    assert lines[4] == "lake"
     assert lines[5].startswith("Holding word.txt")
     assert "no document is 'page.md'" in lines[6]
     assert lines[7] == "No document: the base answers."
@@ -267,5 +267,5 @@ def test_an_interrupted_answer_leaves_the_chat_open(desk, call, monkeypatch, tin
 
     monkeypatch.setattr(tiny, "stream", interrupted)
     said = talk(call, monkeypatch, QUESTION, "/strength")
-    assert said.splitlines()[1:] == ["48(stopped)", "Strength 1.", ""]
+    assert said.split("\n")[1:3] == ["48(stopped)", "Strength 1."]
     assert chat_.HELP
