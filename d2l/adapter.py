@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from d2l_kernels import Segments
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .home import replacing
@@ -247,9 +247,10 @@ class Adapter:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; give a file that Adapter.save wrote")
         try:
-            with safe_open(path, "pt") as file:
-                record = json.loads((file.metadata() or {}).get("d2l", "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            data = path.read_bytes()  # in one go: safe_open opens twice, a writer may come between
+            tensors = load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            record = json.loads(header.get("__metadata__", {}).get("d2l", "{}"))
             if record.get("format") != _FORMAT:
                 raise ValueError(f"its format is {record.get('format')!r}, not {_FORMAT!r}")
             if record["sha256"] != _digest(tensors):

@@ -198,6 +198,9 @@ def route_rows(loras: LoraBatch, doc_of_row: Sequence[int], *, training: bool = 
     def delta(layer: int, module: str, x: Tensor) -> Tensor | None:
         if module not in loras.A or layer not in loras.layers:
             return None
+        if x.ndim == 2 and not len(x) % len(doc_of_row):  # a shared expert flattens the batch
+            y = delta(layer, module, x.unflatten(0, (len(doc_of_row), -1)))
+            return None if y is None else y.flatten(0, 1)
         copies, rest = divmod(x.shape[0], len(doc_of_row))
         if rest or not copies or x.ndim != 3:
             raise ValueError(
@@ -228,7 +231,8 @@ def route_packed(loras: LoraBatch, tok_per_doc: Sequence[int], *, training: bool
     def delta(layer: int, module: str, x: Tensor) -> Tensor | None:
         if module not in loras.A or layer not in loras.layers:
             return None
-        return _apply(loras, layer, module, x[0], tok, loras.rank, training)[None]
+        y = _apply(loras, layer, module, x.flatten(0, -2), tok, loras.rank, training)
+        return y.unflatten(0, x.shape[:-1])
 
     return delta
 

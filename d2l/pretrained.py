@@ -32,7 +32,7 @@ def from_pretrained(
     which keeps its device and dtype.  ``device`` "auto" is CUDA, else MPS, else the CPU; ``dtype``
     "auto" the one that the hypernetwork was trained with where it is recorded, else bfloat16 on a
     GPU; a CPU that only emulates bfloat16 gets float32.  A released checkpoint that read through a
-    4-bit encoder gets one (NF4, with bitsandbytes on CUDA), or reads in ``dtype`` with a warning.
+    4-bit encoder gets one (NF4) where bitsandbytes is installed, else it warns.
 
     Raises ValueError for an unknown name, a damaged or foreign file, or a base that does not fit;
     OSError for what cannot be fetched.  Warns when the base has other weights than recorded.
@@ -116,12 +116,12 @@ def _quantized_reader(saved: SavedHypernet, base: LanguageModel) -> LanguageMode
     if not saved.metadata.get("quantized_encoder"):
         return None
     name = saved.config.encoder.model or base.name
-    if base.device.type == "cuda" and importlib.util.find_spec("bitsandbytes"):
-        return load_base(name, device=base.device, dtype=torch.bfloat16, nf4=True)
+    if base.device.type != "mps" and importlib.util.find_spec("bitsandbytes"):
+        return load_base(name, device=base.device, dtype=base.model.dtype, nf4=True)
     warnings.warn(
         f"this hypernetwork was trained to read through a 4-bit (NF4) copy of {name!r}; here it "
-        f"reads in {base.model.dtype}, so adapters differ a little (4 bits need CUDA and the "
-        "package bitsandbytes)",
+        f"reads in {base.model.dtype}, so adapters differ a little (4 bits need the package "
+        "bitsandbytes)",
         UserWarning,
         stacklevel=3,
     )

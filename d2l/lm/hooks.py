@@ -33,11 +33,16 @@ def decoder_of(model: Any) -> tuple[Any, str]:
 
 
 def linears_of(layer: nn.Module) -> dict[str, nn.Module]:
-    """Name a decoder layer's linears: by the last part of the path where that is unique."""
+    """Name a decoder layer's linears: by the last part of the path where that is unique.
+
+    Routed experts are left out: they see tokens, not rows, so nobody knows whose they are.
+    """
     found = {
         path: m
         for path, m in layer.named_modules()
-        if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and m.weight.ndim == 2
+        if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
+        and m.weight.ndim == 2
+        and "experts." not in path
     }
     last = [path.rpartition(".")[2] for path in found]
     return {
