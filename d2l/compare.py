@@ -74,7 +74,7 @@ def in_context(
 ) -> str:
     """Put a document before a question, cut so that both and the answer fit the base's window."""
     tokenizer = model.base.tokenizer
-    frame = len(model.prompt_ids(question))
+    frame = len(model.prompt_ids(f".\n\n{question}"))
     room = max(0, model.base.window - frame - max_new_tokens)
     ids = tokenizer(document, add_special_tokens=False).input_ids
     return f"{document if len(ids) <= room else tokenizer.decode(ids[:room])}\n\n{question}"

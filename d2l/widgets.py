@@ -31,7 +31,7 @@ class DocumentChat(w.VBox):
         self.model, self.text = model, ""
         self.reading: Reading | None = None
         self.worker: threading.Thread | None = None
-        wide = w.Layout(width="100%")
+        wide = w.Layout(width="98%")
         self.document = w.Textarea(document, placeholder="Paste a document", rows=8, layout=wide)
         self.upload = w.FileUpload(description="Upload")
         self.read = w.Button(description="Read it", button_style="primary", icon="book")

@@ -71,8 +71,11 @@ def test_each_cell_of_ours_names_a_test_that_exists():
         assert named, f"no test holds {row[0].strip()!r}"
         for file, test in named:
             (path,) = (ROOT / "tests/d2l").glob(file)
-            functions = {n.name for n in ast.walk(ast.parse(path.read_text()))
-                         if isinstance(n, ast.FunctionDef)}
+            functions = {
+                n.name
+                for n in ast.walk(ast.parse(path.read_text()))
+                if isinstance(n, ast.FunctionDef)
+            }
             assert test in functions, f"{file} has no {test}"
 
 

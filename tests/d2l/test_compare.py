@@ -37,7 +37,7 @@ def test_a_document_beyond_the_window_is_cut_to_it(model):
     assert short == f"The grass is green.\n\n{QUESTION}"
     cut = compare.in_context(model, QUESTION, PAGE * 3, max_new_tokens=32)
     used = len(model.prompt_ids(cut)) + 32
-    assert model.base.window - 4 <= used <= model.base.window
+    assert model.base.window - 8 <= used <= model.base.window
 
 
 def test_one_new_token_is_timed_too(model, adapter):
@@ -51,7 +51,7 @@ def test_the_chunk_with_the_needle_moves_the_answer(model, adapter):
     moved = compare.influence(model, QUESTION, "4821", adapter, [[i] for i in range(n)])
     assert sorted(moved)[-1] > 5 > 1 > sorted(moved)[-2]
     together = compare.influence(model, QUESTION, "4821", adapter, [range(n), []])
-    assert together[0] > max(moved) - 1e-3
+    assert together[0] == pytest.approx(max(moved), rel=0.1)
     assert together[1] == pytest.approx(0.0, abs=1e-5)
 
 

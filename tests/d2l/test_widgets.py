@@ -1,4 +1,5 @@
 import re
+from datetime import datetime
 
 import document_files as files
 import pytest
@@ -117,4 +118,5 @@ def test_bars_show_the_shares():
 
 
 def upload(name, content):
-    return {"name": name, "content": memoryview(content), "size": len(content), "type": ""}
+    about = {"name": name, "size": len(content), "type": "", "last_modified": datetime.now()}
+    return about | {"content": memoryview(content)}

@@ -137,7 +137,7 @@ class Page:
         """Keep a picture of the whole page."""
         SHOTS.mkdir(parents=True, exist_ok=True)
         path = SHOTS / f"{self.name.partition('-test')[0]}-{what}.png"
-        bottom = "e => e.querySelector('.jp-Cell:last-of-type').offsetTop + 700"
+        bottom = "e => e.querySelector('.jp-Cell:last-of-type').offsetTop + 350"
         height = self.tab.locator(".jp-WindowedPanel-viewport").first.evaluate(bottom)
         self.tab.set_viewport_size({"width": 1400, "height": max(800, min(int(height), 6000))})
         self.tab.locator(".jp-Cell").first.scroll_into_view_if_needed()
