@@ -1,19 +1,21 @@
-"""Ask three ways and time each: the bare base, the document in its prompt, the document inside.
+"""Ask three ways and time each: document internalised, bare base, document in the prompt.
 
-Also which chunk of a document an answer came from.
+Also which chunks of a document an answer came from.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from .adapter import Adapter
 from .model import DocToLoRA
 
-MIB = 2.0**20
+_PARTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -51,36 +53,47 @@ def timed(
     texts, cache = model.answer([prompt], adapter, streamer=clock, **options)
     ended = time.perf_counter()
     kept = cache + (adapter.nbytes if adapter else 0)
-    first = clock.ticks[1] if len(clock.ticks) > 1 else ended
-    return Answer(name, texts[0], first - began, ended - began, kept / MIB)
+    return Answer(name, texts[0], clock.ticks[1] - began, ended - began, kept / 2**20)
 
 
 def compare(
-    model: DocToLoRA, question: str, adapter: Adapter, document: str, **options: Any
-) -> list[Answer]:
-    """Ask the bare base, the base with ``document`` in its prompt, and the base with ``adapter``.
+    model: DocToLoRA, question: str, adapter: Adapter | None, document: str, **options: Any
+) -> Iterator[Answer]:
+    """Yield the answers of "D2L", "base" and "in context", the slowest last.
 
-    A document beyond the base's window is put into the prompt all the same, as far as it fits
-    at its beginning: what a user without Doc-to-LoRA would have.  ``options`` go to ``generate``.
+    In context the document stands before the question; of one beyond the base's window the
+    beginning that fits is kept.  ``options`` go to HF ``generate``.
     """
-    room = model.base.window - len(model.base.tokenizer(question).input_ids) - 160
-    ids = model.base.tokenizer(document, add_special_tokens=False).input_ids
-    fits = document if len(ids) <= room else model.base.tokenizer.decode(ids[:room])
-    return [
-        timed(model, "base", question, **options),
-        timed(model, "in context", f"{fits}\n\n{question}", **options),
-        timed(model, "D2L", question, adapter, **options),
-    ]
+    yield timed(model, "D2L", question, adapter, **options)
+    yield timed(model, "base", question, **options)
+    yield timed(model, "in context", in_context(model, question, document, **options), **options)
 
 
+def in_context(
+    model: DocToLoRA, question: str, document: str, max_new_tokens: int = 128, **_: Any
+) -> str:
+    """Put a document before a question, cut so that both and the answer fit the base's window."""
+    tokenizer = model.base.tokenizer
+    frame = len(model.prompt_ids(f".\n\n{question}"))
+    room = max(0, model.base.window - frame - max_new_tokens)
+    ids = tokenizer(document, add_special_tokens=False).input_ids
+    return f"{document if len(ids) <= room else tokenizer.decode(ids[:room])}\n\n{question}"
+
+
+@torch.no_grad()
 def influence(
     model: DocToLoRA, question: str, answer: str, adapter: Adapter, parts: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Return how much each part of the adapter's chunks supports an answer, in nats.
+    """Return how much each part of a document supports an answer, in nats.
 
     ``log p(answer | adapter) - log p(answer | adapter without the part)``: positive where the part
-    made the answer likelier.  ``parts`` lists positions in ``adapter.chunks``.
+    made the answer likelier.  A part is a list of positions in ``adapter.chunks``.
+
+    Raises IndexError for a chunk that is not there.
     """
-    adapters = [adapter, *(adapter.muted(part) for part in parts)]
-    whole, *others = model.log_likelihood([question] * len(adapters), answer, adapters)
-    return [whole - other for other in others]
+    (whole,) = model.log_likelihood(question, answer, [adapter])
+    found = []
+    for i in range(0, len(parts), _PARTS_AT_ONCE):
+        without = [adapter.muted(part) for part in parts[i : i + _PARTS_AT_ONCE]]
+        found += [whole - other for other in model.log_likelihood(question, answer, without)]
+    return found

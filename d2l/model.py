@@ -276,6 +276,26 @@ class DocToLoRA:
 
         return stream_text(self.base.tokenizer, run)
 
+    @torch.no_grad()
+    def log_likelihood(
+        self, question: Prompt, answer: str, adapters: Sequence[Adapter | None]
+    ) -> list[float]:
+        """Return ``log p(answer | question)`` in nats under each adapter (None is the base).
+
+        Raises ValueError as `answer` does, and for an answer without tokens.
+        """
+        prompt = self.prompt_ids(question)
+        target = self.base.tokenizer(answer, add_special_tokens=False).input_ids
+        if not target:
+            raise ValueError("the answer is empty: its likelihood says nothing")
+        order, delta = self._route(len(adapters), adapters)
+        ids = torch.tensor([prompt + target] * len(order), device=self.base.device)
+        with applied(self.base.model, delta):
+            logits = self.base.model(input_ids=ids, logits_to_keep=len(target) + 1).logits
+        log_p = logits[:, :-1].float().log_softmax(-1)
+        total = log_p.gather(-1, ids[:, len(prompt) :, None]).sum((1, 2)).tolist()
+        return [total[order.index(i)] for i in range(len(order))]
+
     def refuse_if_merged(self) -> None:
         """Raise ValueError while an adapter is merged into the base."""
         if is_merged(self.base.model):

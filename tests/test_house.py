@@ -37,10 +37,10 @@ FLOORS = (
     {"config", "types", "lm", "home", "intervals", "documents"},
     {"hypernet", "perceiver", "lora", "chunking", "adapter", "export"},
     {"model", "reading", "losses", "data", "checkpoint", "published", "pretrained"},
-    {"train", "evaluate", "baselines", "bench", "tiny_training", "store"} | RESULTS,
+    {"train", "evaluate", "baselines", "bench", "tiny_training", "store", "compare"} | RESULTS,
     {"__init__"},
     {"experiments"},
-    {"notebooks", "cli", "__main__"},
+    {"notebooks", "cli", "widgets", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -52,6 +52,7 @@ CONFINED = {
     "flash_attn": ("d2l_kernels.*flash*",),
     "matplotlib": ("d2l.figures",),
     "seaborn": ("d2l.figures",),
+    "ipywidgets": ("d2l.widgets",),
     **dict.fromkeys(("bs4", "mammoth", "markdownify", "pypdf"), ("d2l.documents",)),
     "pandas": ("d2l.experiments", "d2l.experiments.*", *(f"d2l.{room}" for room in RESULTS)),
 }
@@ -60,6 +61,7 @@ KERNELS_USE = {"d2l_kernels", "torch", "jaxtyping", "triton", "flash_attn"}
 EXPERIMENT = re.compile(r"d2l\.experiments\.((?:fig|tab)\w+)")
 MAX_MODULE, MAX_EXPERIMENT, MAX_CORE, MAX_KERNELS = 400, 120, 3500, 2000
 MAX_CELLS, MAX_CELL_LINES = 8, 60
+PAGES_USE = ("__init__", "experiments", "compare", "widgets")
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:root|work|farm|home/\w+|Users/\w+)/[\w.]")
 
 
@@ -200,8 +202,8 @@ def notebook_faults(notebook: dict) -> list[str]:
         faults.append("it defines something: move that into the package")
     for name in imports("notebook", source):
         top = name.split(".")[0]
-        if top == "torch" or (top == "d2l" and room_of(name) not in ("experiments", "__init__")):
-            faults.append(f"it imports {name}: a page uses d2l.experiments only")
+        if top == "torch" or (top == "d2l" and room_of(name) not in PAGES_USE):
+            faults.append(f"it imports {name}: a page uses {', '.join(PAGES_USE)} only")
     return faults
 
 

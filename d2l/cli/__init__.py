@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import typer
 from rich.markup import escape
@@ -32,12 +33,18 @@ def main() -> None:
 
     `D2L_TRACEBACK=1` shows the whole traceback instead.
     """
+    warnings.showwarning = _show_warning
     try:
         app(prog_name="d2l")
     except (ValueError, CannotRun) as error:
         _report(error, 2)
     except (OSError, ModuleNotFoundError) as error:
         _report(error, 1)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if category is UserWarning:
+        console(stderr=True).print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True)
 
 
 def _report(error: Exception, code: int) -> None:

@@ -37,7 +37,7 @@ def chat(
     """Talk with documents: add and forget them, change the adapter's strength, ask."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
-    chat = Chat(common.load(model, base, device), strength)
+    chat = Chat(common.load(model, base, device, documents), strength)
     say = console()
     for document in documents:
         chat.add(document)

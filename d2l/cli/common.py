@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from .. import documents
 from ..home import cache_dir, repo_root
 
 if TYPE_CHECKING:
@@ -66,8 +67,14 @@ def short(path: Path) -> str:
     return str(path.relative_to(repo_root())) if path.is_relative_to(repo_root()) else str(path)
 
 
-def load(name: str, base: str = "", device: str = "auto") -> DocToLoRA:
-    """Load a hypernetwork and its base, with a sign of life meanwhile."""
+def load(name: str, base: str, device: str, sources: list[str]) -> DocToLoRA:
+    """Load a hypernetwork and its base, with a sign of life meanwhile.
+
+    Raises what `d2l.documents.read` does for a source that is not there, before anything is loaded.
+    """
+    for path in (Path(source).expanduser() for source in sources if source != "-"):
+        if not path.is_dir():
+            documents.read(path)
     with console(stderr=True).status(f"Loading {name}; a base is fetched at its first use"):
         from ..model import DocToLoRA
 
@@ -113,7 +120,8 @@ def progress(reading: Reading) -> Iterator[int]:
         TextColumn("{task.completed} chunks, {task.fields[tok]} tokens"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+    say = console(stderr=True)
+    with Progress(*columns, console=say, transient=True, disable=not say.is_terminal) as bar:
         task = bar.add_task(reading.title or "", total=reading.total_chunks, tok=0)
         for n_tok in reading:
             bar.update(task, completed=reading.n_chunks, tok=n_tok)

@@ -34,7 +34,7 @@ def internalize(
     """Read documents into one adapter and keep it; each document is read only once."""
     if out is not None and out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, got {str(out)!r}")
-    loaded = common.load(model, base, device)
+    loaded = common.load(model, base, device, documents)
     began = time.perf_counter()
     adapter = common.adapter_of(loaded, documents)
     seconds = time.perf_counter() - began
@@ -53,8 +53,8 @@ def internalize(
 
 @app.command(rich_help_panel=PANEL)
 def ask(
-    documents: Sources,
-    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    documents: Sources = [],  # noqa: B006
+    question: Annotated[str, typer.Argument(help="What you want to know.")] = ...,
     model: ModelName = DEFAULT_MODEL,
     strength: Strength = 1.0,
     compare: Annotated[
@@ -66,18 +66,19 @@ def ask(
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about documents; without a document, let the base answer."""
-    if not question.strip():
-        raise ValueError("the question is empty")
+    if not question.strip() or Path(question).is_file():
+        raise ValueError(f"a question is wanted last, got {question!r}")
     if compare and len(documents) != 1:
         raise ValueError(f"--compare takes one document, got {len(documents)}")
-    loaded = common.load(model, base, device)
+    loaded = common.load(model, base, device, documents)
     adapter = common.adapter_of(loaded, documents, strength)
     if compare and adapter is not None:
         from ..compare import compare as compared
         from ..documents import read_text
 
         text = read_text(documents[0])
-        answers = compared(loaded, question, adapter, text, max_new_tokens=max_new_tokens)
+        options = {"max_new_tokens": max_new_tokens}
+        answers = list(compared(loaded, question, adapter, text, **options))
         if as_json:
             common.print_json([dataclasses.asdict(a) for a in answers])
             return
@@ -111,7 +112,7 @@ def export(
         raise ValueError(f"{folder} is a file; give a folder")
     if not documents:
         raise ValueError("give a document or an adapter to export, then the folder")
-    adapter = common.adapter_of(common.load(model, base, device), documents, strength)
+    adapter = common.adapter_of(common.load(model, base, device, documents), documents, strength)
     assert adapter is not None
     done = adapter.to_peft(folder, rank)
     if as_json:

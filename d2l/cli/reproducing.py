@@ -17,6 +17,7 @@ from ..experiments import EXPERIMENTS, SCALES, Experiment
 from ..home import repo_root
 from .common import AsJson, console, print_json, short
 
+SMOKE = {"scale": "smoke", "model": "fig2/tiny"}
 OWN_OPTIONS = ("scale", "seed", "out_dir", "retrain", "overrides")
 PANEL = "The paper"
 app = typer.Typer()
@@ -165,7 +166,8 @@ def notebooks_() -> None:
     """Run every notebook at scale smoke; executed copies lie under build/notebooks."""
     say, failed = console(), []
     for notebook in sorted((repo_root() / "notebooks").glob("*.ipynb")):
-        given = {"scale": "smoke"} if "scale" in notebooks.parameters(notebook) else {}
+        known = notebooks.parameters(notebook)
+        given = {k: v for k, v in SMOKE.items() if k in known}
         started = time.time()
         try:
             notebooks.execute(notebook, _executed(f"{notebook.stem}-smoke"), given, quiet=True)

@@ -63,7 +63,7 @@ def lab(tmp_path_factory):
     command = [sys.executable, "-m", "jupyterlab", str(pages), "--no-browser", "--allow-root"]
     command += [f"--ServerApp.port={port}", f"--IdentityProvider.token={token}"]
     server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
+    address = f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}&reset"
     for _ in range(600):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=5)
@@ -88,14 +88,27 @@ def browser():
         chromium.close()
 
 
+def set_parameters(path, values):
+    """Change values in the cell of parameters, as a user would before running the page."""
+    page = json.loads(path.read_text())
+    cell = next(c for c in page["cells"] if "parameters" in c["metadata"].get("tags", []))
+    source = "".join(cell["source"])
+    for name, value in values.items():
+        source, n = re.subn(rf"^{name}: str = .*$", f"{name}: str = {value!r}", source, flags=re.M)
+        assert n == 1
+    cell["source"] = source
+    path.write_text(json.dumps(page))
+
+
 class Page:
     """A notebook open in JupyterLab."""
 
     def __init__(self, browser, lab, name):
         self.name = name
         pages, address = lab
-        self.tab = browser.new_page(viewport={"width": 1500, "height": 1100})
+        self.tab = browser.new_page(viewport={"width": 1400, "height": 1100})
         self.tab.goto(address.format(name), timeout=60_000)
+        self.tab.keyboard.press("Control+b")
         self.code = self.tab.locator(".jp-Notebook .jp-CodeCell")
         n_cells = [c["cell_type"] for c in json.loads((pages / name).read_text())["cells"]].count(
             "code"
@@ -120,27 +133,29 @@ class Page:
             said = self.tab.locator(".jp-OutputArea-output").all_inner_texts()
             pytest.fail(f"a cell of {self.name} failed; see {self.shot('failed')}\n{said[-1:]}")
 
-    def shot(self, what, whole=True):
-        """Keep a picture: of the whole page, or of what is in view."""
+    def shot(self, what):
+        """Keep a picture of the whole page."""
         SHOTS.mkdir(parents=True, exist_ok=True)
-        path = SHOTS / f"{Path(self.name).stem}-{what}.png"
-        if whole:
-            height = self.tab.locator(".jp-WindowedPanel-inner").first.evaluate(
-                "e => e.scrollHeight"
-            )
-            self.tab.set_viewport_size({"width": 1500, "height": min(int(height) + 200, 6000)})
-            self.tab.wait_for_timeout(500)
-        self.tab.screenshot(path=path)
+        path = SHOTS / f"{self.name.partition('-test')[0]}-{what}.png"
+        bottom = "e => e.querySelector('.jp-Cell:last-of-type').offsetTop + 350"
+        height = self.tab.locator(".jp-WindowedPanel-viewport").first.evaluate(bottom)
+        self.tab.set_viewport_size({"width": 1400, "height": max(800, min(int(height), 6000))})
+        self.tab.locator(".jp-Cell").first.scroll_into_view_if_needed()
+        self.tab.wait_for_timeout(500)
+        self.tab.locator(".jp-NotebookPanel").first.screenshot(path=path)
         return path
 
 
 @pytest.fixture
-def open_page(lab, browser):
+def open_page(lab, browser, request):
     """Open a notebook in JupyterLab."""
     opened = []
 
-    def open_page(name):
-        opened.append(Page(browser, lab, name))
+    def open_page(name, **parameters):
+        own = f"{Path(name).stem}-{request.node.name}.ipynb"
+        shutil.copy(lab[0] / name, lab[0] / own)
+        set_parameters(lab[0] / own, parameters)
+        opened.append(Page(browser, lab, own))
         return opened[-1]
 
     yield open_page

@@ -10,7 +10,10 @@ from d2l import home
 from d2l.cli import doctor
 
 ROOT = home.repo_root()
-COMMANDS = ("doctor", "reproduce", "train", "figures", "claims", "bench", "notebooks")
+COMMANDS = (
+    "internalize", "ask", "export", "import", "info", "chat", "doctor",
+    "reproduce", "train", "figures", "claims", "bench", "notebooks",
+)  # fmt: skip
 
 
 def d2l(*arguments, **environment):
