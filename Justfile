@@ -60,6 +60,10 @@ lab *args: _setup
 test *args: _setup
     @OMP_NUM_THREADS=1 {{ python }} -m pytest --numprocesses=auto --dist=loadfile "$@"
 
+# Use the notebooks in JupyterLab in a real Chromium (skipped without one); pictures in build/lab
+test-lab *args: _setup
+    @D2L_TEST_LAB=1 OMP_NUM_THREADS=1 {{ python }} -m pytest tests/lab "$@"
+
 # Check style and format
 lint: _setup
     @{{ python }} -m ruff check
@@ -80,7 +84,7 @@ notebooks: _setup
     @{{ python }} -m d2l notebooks
 
 # Everything that guards the main branch
-ci: lint types notebooks test
+ci: lint types notebooks test test-lab
 
 _setup:
     #!/usr/bin/env bash
@@ -105,5 +109,5 @@ _setup:
         "$chosen" -m venv $([[ -f {{ quote(venv / "pyvenv.cfg") }} ]] && echo --clear) {{ quote(venv) }}
     fi
     echo "Installing the pinned packages into {{ venv }} (once; torch is a large download)"
-    {{ python }} -m pip install $([[ -t 1 ]] || echo --quiet) -c constraints.txt -e ./kernels -e '.[dev,lab]'
+    {{ python }} -m pip install $([[ -t 1 ]] || echo --quiet) -c constraints.txt -e ./kernels -e '.[dev,lab,documents]'
     echo {{ fingerprint }} > "$stamp"

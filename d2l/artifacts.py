@@ -1,7 +1,6 @@
 """Files that a run leaves behind: atomic writers, results folders, and the manifest.
 
-A writer fills a temporary file beside the target and renames it, so a reader sees the old file or
-the new one, and a full disk leaves the old one alone.  What the results mean is claims' business.
+What the results mean is claims' business.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from .home import repo_root
+from .home import replacing, repo_root
 
 COLUMNS = (
     "series",
@@ -40,36 +39,6 @@ VARIANT_COLUMNS = ("filler", "needle", *COLUMNS)
 RESULT_FILES = ("data.csv", "variants.csv", "figure.svg", "figure.png")
 DISTRIBUTIONS = ("torch", "transformers", "d2l-core", "d2l-kernels")
 DEFAULT_PAPER = "doc-to-lora"
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on a clean exit it becomes `path` in one rename.
-
-    On any error the temporary file goes away and `path` stays as it was.  Raises OSError with the
-    path and the way out.
-
-    >>> with replacing("weights.bin") as temporary:  # doctest: +SKIP
-    ...     temporary.write_bytes(b"...")
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            error.errno,
-            f"cannot write {target}: {reason}; nothing was changed, free space or choose another "
-            "folder",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:

@@ -38,6 +38,7 @@ class SavedHypernet:
     base_name: str
     base_fingerprint: str | None
     metadata: dict[str, Any]
+    trained_chunks: int | None = None
 
     @property
     def config(self) -> HypernetConfig:
@@ -54,11 +55,13 @@ def save_hypernet(
     base_fingerprint: str | None,
     metadata: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    trained_chunks: int | None = None,
 ) -> None:
     """Write a hypernetwork so that the folder never holds half a checkpoint.
 
     Both files are complete beside the folder before they are moved in, so a full disk or a kill
-    leaves what was there.  ``metadata`` is anything that JSON takes; ``dtype`` rounds the weights.
+    leaves what was there.  ``metadata`` is anything that JSON takes; ``dtype`` rounds the weights;
+    ``trained_chunks`` is the most chunks that it was trained to compose.
 
     Raises OSError when the files cannot be written.
     """
@@ -80,6 +83,7 @@ def save_hypernet(
             "targets": asdict(hypernet.targets),
             "d_model": hypernet.d_model,
             "chunk": to_dict(chunk),
+            "trained_chunks": trained_chunks,
             "metadata": dict(metadata or {}),
         }
         (part / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
@@ -107,6 +111,7 @@ def save_model(
         base_fingerprint=model.base.fingerprint,
         metadata=metadata,
         dtype=dtype,
+        trained_chunks=model.trained_chunks,
     )
 
 
@@ -136,7 +141,8 @@ def load_hypernet(folder: str | Path) -> SavedHypernet:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
     _load_weights(folder / WEIGHTS, expected, hypernet)
-    return SavedHypernet(hypernet.eval(), chunk, base_name, fingerprint, record.get("metadata", {}))
+    trained, metadata = record.get("trained_chunks"), record.get("metadata", {})
+    return SavedHypernet(hypernet.eval(), chunk, base_name, fingerprint, metadata, trained)
 
 
 def load_model(
@@ -155,26 +161,46 @@ def load_model(
     hypernetwork writes for, and instead of the warning when ``strict``.
     """
     saved = load_hypernet(folder)
+    return assemble(
+        saved, base, str(folder), strict=strict, encoder_base=encoder_base, tok_budget=tok_budget
+    )
+
+
+def assemble(
+    saved: SavedHypernet,
+    base: LanguageModel,
+    source: str,
+    *,
+    strict: bool = False,
+    encoder_base: LanguageModel | None = None,
+    tok_budget: int = 4096,
+) -> DocToLoRA:
+    """Put a hypernetwork on ``base``; warns and raises as `load_model`, naming ``source``."""
     found = target_shapes(base, saved.config)
     if found != saved.hypernet.targets:
         raise ValueError(
-            f"{folder} was made for base {saved.base_name!r} with {saved.hypernet.targets}, "
+            f"{source} was made for base {saved.base_name!r} with {saved.hypernet.targets}, "
             f"but {base.name!r} has {found}"
         )
     problem = _other_base(saved, base)
     if problem and strict:
-        raise ValueError(f"{folder}: {problem}")
+        raise ValueError(f"{source}: {problem}")
     if problem:
-        warnings.warn(f"{folder}: {problem}", UserWarning, stacklevel=2)
+        warnings.warn(f"{source}: {problem}", UserWarning, stacklevel=3)
     named = saved.config.encoder.model
     if encoder_base is None and named is not None:
         encoder_base = load_base(named, device=base.device, dtype=base.model.dtype)
     model = DocToLoRA(
-        base, saved.config, saved.chunk, encoder_base=encoder_base, tok_budget=tok_budget
+        base,
+        saved.config,
+        saved.chunk,
+        encoder_base=encoder_base,
+        tok_budget=tok_budget,
+        trained_chunks=saved.trained_chunks,
     )
     if model.hypernet.d_model != saved.hypernet.d_model:
         raise ValueError(
-            f"{folder} reads features of width {saved.hypernet.d_model}, "
+            f"{source} reads features of width {saved.hypernet.d_model}, "
             f"but encoder {model.reader.name!r} gives {model.hypernet.d_model}"
         )
     model.hypernet.load_state_dict(saved.hypernet.state_dict())

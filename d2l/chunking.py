@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .config import ChunkConfig
 
@@ -26,13 +26,28 @@ def split(ids: Ids, n_chunks: int, prefix: Ids, suffix: Ids) -> list[list[int]]:
     """
     if not ids or n_chunks < 1:
         raise ValueError(f"cannot cut a document of {len(ids)} tokens into {n_chunks} chunks")
-    size = math.ceil(len(ids) / n_chunks)
-    pieces = [list(ids[i : i + size]) for i in range(0, len(ids), size)]
-    last = len(pieces) - 1
-    return [
-        [*(prefix if i > 0 else ()), *piece, *(suffix if i < last else ())]
-        for i, piece in enumerate(pieces)
-    ]
+    return list(cut([ids], math.ceil(len(ids) / n_chunks), prefix, suffix))
+
+
+def cut(pieces: Iterable[Ids], size: int, prefix: Ids, suffix: Ids) -> Iterator[list[int]]:
+    """Cut a stream of templated ids into pieces of ``size`` tokens; affixes as in `split`.
+
+    Holds one chunk and one piece of the stream at a time.
+
+    >>> list(cut([[1, 2], [3, 4, 5]], 2, prefix=[8], suffix=[9]))
+    [[1, 2, 9], [8, 3, 4, 9], [8, 5]]
+    """
+    held: list[int] = []
+    before: Ids = ()
+    for piece in pieces:
+        held.extend(piece)
+        last = (len(held) - 1) // size * size
+        for start in range(0, last, size):
+            yield [*before, *held[start : start + size], *suffix]
+            before = prefix
+        held = held[max(last, 0) :]
+    if held:
+        yield [*before, *held]
 
 
 def fewest_chunks(n_tok: int, config: ChunkConfig) -> int:

@@ -15,7 +15,6 @@ import torch
 from .data.needle import NeedleSample
 from .intervals import wilson
 from .lm.base import LanguageModel
-from .lora import LoraBatch
 from .model import DocToLoRA
 
 MIB = 1024.0**2
@@ -98,19 +97,18 @@ def answer_internalized(
     """
     if batch < 2:
         raise ValueError("the wrong-document control needs at least two documents in a batch")
-    dtype = model.base.model.dtype
     began = time.perf_counter()
-    one = model.internalize(samples[0].document, dedupe=False)
+    one = model.internalize_batch([samples[0].document], dedupe=False)[0]
     _synchronize(model.base)
     seconds = time.perf_counter() - began
-    n_chunks = len(model.chunks(samples[0].document))
+    n_chunks = len(one.chunks)
     hits = wrong_hits = wrong_n = 0
     cache_mib = 0.0
     for i in range(0, len(samples), batch):
         part = samples[i : i + batch]
-        loras: LoraBatch = model.internalize([s.document for s in part]).map(lambda t: t.to(dtype))
+        adapters = model.internalize_batch([s.document for s in part])
         questions = [s.question for s in part]
-        answers, cache = model.answer(questions, loras, max_new_tokens=max_new_tokens)
+        answers, cache = model.answer(questions, adapters, max_new_tokens=max_new_tokens)
         hits += sum(map(matches, answers, [s.answer for s in part]))
         cache_mib = max(cache_mib, cache / len(part) / MIB)
         others = [(d + 1) % len(part) for d in range(len(part))]
@@ -118,13 +116,12 @@ def answer_internalized(
         if asked:
             answers, _ = model.answer(
                 [questions[d] for d in asked],
-                loras,
-                [others[d] for d in asked],
+                [adapters[others[d]] for d in asked],
                 max_new_tokens=max_new_tokens,
             )
             wrong_hits += sum(map(matches, answers, [part[d].answer for d in asked]))
             wrong_n += len(asked)
-    adapter_mib = one.map(lambda t: t.to(dtype)).nbytes / MIB
+    adapter_mib = one.nbytes / MIB
     own = Score(hits, len(samples), cache_mib, adapter_mib, seconds, n_chunks)
     return own, Score(wrong_hits, wrong_n, cache_mib, adapter_mib, seconds, n_chunks)
 

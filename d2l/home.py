@@ -1,11 +1,14 @@
-"""Where things lie on disk: the checkout that holds the package, and the cache.
+"""Where things lie on disk: the checkout that holds the package, and the cache; and safe writing.
 
 Standard library only, so that every layer may ask.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -29,3 +32,35 @@ def cache_dir() -> Path:
     """Return the folder for fetched and derived files: `D2L_CACHE`, else `~/.cache/d2l`."""
     named = os.environ.get("D2L_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "d2l"
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on a clean exit it becomes `path` in one rename.
+
+    A reader sees the old file or the new one, whatever else writes at the same time.
+    On any error the temporary file goes away and `path` stays as it was.  Raises OSError with the
+    path and the way out.
+
+    >>> with replacing("weights.bin") as temporary:  # doctest: +SKIP
+    ...     temporary.write_bytes(b"...")
+    """
+    target = Path(path)
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = target.with_name(f".{target.stem}.{writer}.tmp{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno,
+            f"cannot write {target}: {reason}; nothing was changed, free space or choose another "
+            "folder",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ them, so no document is padded to another.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -85,16 +86,18 @@ class LoraBatch:
 
     @staticmethod
     def cat(parts: Sequence[LoraBatch]) -> LoraBatch:
-        """Put several batches of documents side by side.
+        """Put several batches of documents side by side; one batch alone is not copied.
 
         Raises ValueError when they were made for different layers, modules or multipliers.
         """
-        first = parts[0]
-        for part in parts:
+        first, *others = parts
+        for part in others:
             if (part.layers, part.A.keys(), part.multiplier) != (
                 first.layers, first.A.keys(), first.multiplier,
             ):  # fmt: skip
                 raise ValueError("adapters of different hypernetworks cannot share a batch")
+        if not others:
+            return first
         return dataclasses.replace(
             first,
             A={m: torch.cat([p.A[m] for p in parts], 1) for m in first.A},
@@ -157,12 +160,10 @@ def compose(
         out = {}
         for m, t in factors.items():
             t = t if w is None else t * w.to(t)[:, None, None, None]
-            by_layer = t.transpose(0, 1)
+            out[m] = t.transpose(0, 1).flatten(1, 2)
             if extra is not None:
-                tail = extra[m].to(t)[:, None]
-                pieces = by_layer.split(list(n_chunks), 1)
-                by_layer = torch.cat([p for piece in pieces for p in (piece, tail)], 1)
-            out[m] = by_layer.flatten(1, 2)
+                pieces = out[m].split([n * t.shape[2] for n in n_chunks], 1)
+                out[m] = torch.cat([p for piece in pieces for p in (piece, extra[m].to(t))], 1)
         return out
 
     r = next(iter(chunks.A.values())).shape[2]
@@ -194,16 +195,20 @@ def route_rows(loras: LoraBatch, doc_of_row: Sequence[int], *, training: bool = 
     with_none = counts[0] > 0
     rank = Segments((0, *loras.rank.lengths)) if with_none else loras.rank
     rows_per_doc = counts if with_none else counts[1:]
+    tok_of = functools.cache(lambda n_tok: Segments.of(n * n_tok for n in rows_per_doc))
 
     def delta(layer: int, module: str, x: Tensor) -> Tensor | None:
         if module not in loras.A or layer not in loras.layers:
             return None
+        if x.ndim == 2 and not len(x) % len(doc_of_row):  # a shared expert flattens the batch
+            y = delta(layer, module, x.unflatten(0, (len(doc_of_row), -1)))
+            return None if y is None else y.flatten(0, 1)
         copies, rest = divmod(x.shape[0], len(doc_of_row))
         if rest or not copies or x.ndim != 3:
             raise ValueError(
                 f"batch of shape {tuple(x.shape)} does not fit {len(doc_of_row)} routed rows"
             )
-        tok = Segments.of(n * copies * x.shape[1] for n in rows_per_doc)
+        tok = tok_of(copies * x.shape[1])
         if in_order:
             return _apply(loras, layer, module, x.flatten(0, 1), tok, rank, training).view(
                 *x.shape[:2], -1
@@ -228,7 +233,8 @@ def route_packed(loras: LoraBatch, tok_per_doc: Sequence[int], *, training: bool
     def delta(layer: int, module: str, x: Tensor) -> Tensor | None:
         if module not in loras.A or layer not in loras.layers:
             return None
-        return _apply(loras, layer, module, x[0], tok, loras.rank, training)[None]
+        y = _apply(loras, layer, module, x.flatten(0, -2), tok, loras.rank, training)
+        return y.unflatten(0, x.shape[:-1])
 
     return delta
 

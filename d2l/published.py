@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import save_hypernet
+from .checkpoint import SavedHypernet, save_hypernet
+from .chunking import PUBLISHED_CHUNK_PROBS
 from .config import ChunkConfig, HypernetConfig, from_dict
 from .hypernet import Hypernet, TargetShapes
 
+PUBLISHED_WEIGHTS = "pytorch_model.bin"
 _CLASSES = (
     "ctx_to_lora.modeling.hypernet.HypernetConfig",
     "ctx_to_lora.modeling.aggregator.AggregatorConfig",
@@ -54,12 +56,23 @@ class Published:
     d_model: int
     state: dict[str, Tensor]
     base_name: str
+    quantized_encoder: bool = False
 
     def hypernet(self) -> Hypernet:
         """Build the hypernetwork with these weights, in evaluation mode."""
         built = Hypernet(self.config, self.targets, self.d_model)
         built.load_state_dict(self.state)
         return built.eval()
+
+    def saved(self, source: str) -> SavedHypernet:
+        """Return it as one of our checkpoints; ``source`` names the file.
+
+        The file says nothing about chunks or the base's weights: the chunk lengths and the most
+        chunks are those of the published recipe (spec section 8), the base is known by name alone.
+        """
+        facts = {"imported_from": source, "quantized_encoder": self.quantized_encoder}
+        most = max(PUBLISHED_CHUNK_PROBS)
+        return SavedHypernet(self.hypernet(), ChunkConfig(), self.base_name, None, facts, most)
 
 
 def read_published(path: str | Path) -> Published:
@@ -92,23 +105,24 @@ def read_published(path: str | Path) -> Published:
     if converted.encoder.model == base_name:
         encoder = dataclasses.replace(converted.encoder, model=None)
         converted = dataclasses.replace(converted, encoder=encoder)
-    return Published(converted, shapes(config), _width(config), state, str(base_name))
+    quantized = bool(args.get("quantize_ctx_encoder"))
+    return Published(converted, shapes(config), _width(config), state, str(base_name), quantized)
 
 
 def import_published(source: str | Path, folder: str | Path) -> Path:
     """Convert a released checkpoint to a folder that `load_model` reads; return the folder.
 
-    The released file says nothing about chunk lengths or the base's weights: the chunk lengths
-    are the published ones, and the base is recorded by name, without a fingerprint.
+    What the file leaves open is filled in as `Published.saved` says.
     """
-    found = read_published(source)
+    saved = read_published(source).saved(Path(source).name)
     save_hypernet(
         folder,
-        found.hypernet(),
-        ChunkConfig(),
-        base_name=found.base_name,
+        saved.hypernet,
+        saved.chunk,
+        base_name=saved.base_name,
         base_fingerprint=None,
-        metadata={"imported_from": Path(source).name},
+        metadata=saved.metadata,
+        trained_chunks=saved.trained_chunks,
     )
     return Path(folder)
 

@@ -28,15 +28,19 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = {"artifacts", "measures", "claims", "figures"}
 
 # rooms of d2l from the ground up; a room may use its own floor and those below
-EXPERIMENTS_ONLY = RESULTS | {"experiments", "notebooks", "bench", "tiny_training"}
+EXPERIMENTS_ONLY = RESULTS | {
+    "experiments", "notebooks", "bench", "tiny_training", "evaluate", "intervals",
+    "data.needle", "data.needle_training", "data.prose", "lm.tiny", "lm.vocabulary",
+    "cli.reproducing",
+}  # fmt: skip
 FLOORS = (
-    {"config", "types", "lm", "home", "intervals"},
-    {"hypernet", "perceiver", "lora", "chunking"},
-    {"model", "losses", "data", "checkpoint", "published"},
-    {"train", "evaluate", "baselines", "bench", "tiny_training", "export"} | RESULTS,
+    {"config", "types", "lm", "home", "intervals", "documents"},
+    {"hypernet", "perceiver", "lora", "chunking", "adapter", "export"},
+    {"model", "reading", "losses", "data", "checkpoint", "published", "pretrained"},
+    {"train", "evaluate", "baselines", "bench", "tiny_training", "store", "compare"} | RESULTS,
     {"__init__"},
     {"experiments"},
-    {"notebooks", "cli", "__main__"},
+    {"notebooks", "cli", "widgets", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -48,6 +52,8 @@ CONFINED = {
     "flash_attn": ("d2l_kernels.*flash*",),
     "matplotlib": ("d2l.figures",),
     "seaborn": ("d2l.figures",),
+    "ipywidgets": ("d2l.widgets",),
+    **dict.fromkeys(("bs4", "mammoth", "markdownify", "pypdf"), ("d2l.documents",)),
     "pandas": ("d2l.experiments", "d2l.experiments.*", *(f"d2l.{room}" for room in RESULTS)),
 }
 KERNELS_USE = {"d2l_kernels", "torch", "jaxtyping", "triton", "flash_attn"}
@@ -55,6 +61,7 @@ KERNELS_USE = {"d2l_kernels", "torch", "jaxtyping", "triton", "flash_attn"}
 EXPERIMENT = re.compile(r"d2l\.experiments\.((?:fig|tab)\w+)")
 MAX_MODULE, MAX_EXPERIMENT, MAX_CORE, MAX_KERNELS = 400, 120, 3500, 2000
 MAX_CELLS, MAX_CELL_LINES = 8, 60
+PAGES_USE = ("__init__", "experiments", "compare", "widgets")
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:root|work|farm|home/\w+|Users/\w+)/[\w.]")
 
 
@@ -84,6 +91,23 @@ def room_of(name: str) -> str:
     rest = name.split(".")[1:]
     known = rest and (rest[0] in FLOOR_OF or (ROOT / "d2l" / f"{rest[0]}.py").exists())
     return rest[0] if known else "__init__"
+
+
+def of_experiments(module: str) -> bool:
+    """Say whether a module of d2l serves the experiments alone."""
+    return room_of(module) in EXPERIMENTS_ONLY or module.removeprefix("d2l.") in EXPERIMENTS_ONLY
+
+
+def leaks(sources: dict[str, str]) -> list[str]:
+    """List what the core imports of the experiments; the command line may call them."""
+    return [
+        f"{module} imports {name}, which is of the experiments"
+        for module, source in sources.items()
+        if module.startswith("d2l.") and not of_experiments(module) and room_of(module) != "cli"
+        for name in imports(module, source)
+        if name.startswith("d2l.")
+        and (of_experiments(name) or of_experiments(name.rpartition(".")[0]))
+    ]
 
 
 def import_faults(module: str, source: str) -> list[str]:
@@ -140,9 +164,7 @@ def size_faults(sources: dict[str, str]) -> list[str]:
         for m, n in experiments.items()
         if n > MAX_EXPERIMENT
     ]
-    core = sum(
-        n for m, n in lines.items() if m.startswith("d2l.") and room_of(m) not in EXPERIMENTS_ONLY
-    )
+    core = sum(n for m, n in lines.items() if m.startswith("d2l.") and not of_experiments(m))
     kernels = sum(n for m, n in lines.items() if m.startswith("d2l_kernels"))
     if core >= MAX_CORE:
         faults.append(f"the core has {core} lines, at most {MAX_CORE}")
@@ -180,8 +202,8 @@ def notebook_faults(notebook: dict) -> list[str]:
         faults.append("it defines something: move that into the package")
     for name in imports("notebook", source):
         top = name.split(".")[0]
-        if top == "torch" or (top == "d2l" and room_of(name) not in ("experiments", "__init__")):
-            faults.append(f"it imports {name}: a page uses d2l.experiments only")
+        if top == "torch" or (top == "d2l" and room_of(name) not in PAGES_USE):
+            faults.append(f"it imports {name}: a page uses {', '.join(PAGES_USE)} only")
     return faults
 
 
@@ -280,9 +302,16 @@ def test_import_law_allows(module, source):
     assert import_faults(module, source) == []
 
 
+def test_the_core_does_without_the_experiments():
+    assert leaks(SOURCES) == []
+    assert leaks({"d2l.model": "from .data.needle import NeedleGenerator"})
+    assert leaks({"d2l.train": "from .evaluate import MIB"})
+    assert not leaks({"d2l.bench": "from .evaluate import MIB"})
+
+
 def test_imported_packages_are_declared():
-    known = {canonicalize_name(r.name) for r in declared("dev", "flash")}
-    known |= {"d2l", "d2l-kernels", "triton"}
+    known = {canonicalize_name(r.name) for r in declared("dev", "flash", "lab", "documents")}
+    known |= {"d2l", "d2l-kernels", "triton", "bs4"}
     missing = {
         (module, top)
         for module, source in SOURCES.items()
@@ -374,18 +403,18 @@ def test_machine_paths_are_seen():
 
 def test_constraints_pin_what_the_packages_ask():
     pinned = pins((ROOT / "constraints.txt").read_text())
-    for requirement in declared("dev", "lab"):
+    for requirement in declared("dev", "lab", "documents"):
         pin = pinned[canonicalize_name(requirement.name)]
         version = str(pin.specifier).removeprefix("==")
         assert requirement.specifier.contains(version), f"{requirement} does not admit {pin}"
 
 
 def test_constraints_pin_everything_installed():
-    wanted = declared("dev", "lab")
+    wanted = declared("dev", "lab", "documents")
     try:
         reached = closure(wanted)
     except PackageNotFoundError as error:
-        pytest.skip(f"the extra lab is not installed: {error}")
+        pytest.skip(f"an extra is not installed: {error}")
     of_torch = {name for name in reached if re.match(r"nvidia-|cuda-|triton$", name)}
     pinned = set(pins((ROOT / "constraints.txt").read_text()))
     assert reached - of_torch <= pinned, "add these to constraints.txt"
@@ -406,9 +435,9 @@ def test_environment_file_agrees():
     assert SpecifierSet(conda["just"]).contains(just)
 
     lines = environment["dependencies"][-1]["pip"]
-    assert lines == ["-c constraints.txt", "-e ./kernels", "-e .[dev,lab]"]
+    assert lines == ["-c constraints.txt", "-e ./kernels", "-e .[dev,lab,documents]"]
     justfile = (ROOT / "Justfile").read_text()
-    assert "-c constraints.txt -e ./kernels -e '.[dev,lab]'" in justfile
+    assert "-c constraints.txt -e ./kernels -e '.[dev,lab,documents]'" in justfile
 
 
 def test_import_is_quiet():

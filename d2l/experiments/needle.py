@@ -95,7 +95,8 @@ def trained(wanted: NeedleRun, base: LanguageModel, folder: Path) -> DocToLoRA:
     """Train, or resume, in ``folder``; the model's initialisation depends on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(wanted.train.seed)
-        model = DocToLoRA(base, wanted.hypernet, wanted.chunk)
+        most = wanted.stream.max_chunks if wanted.stream.compose_share else None
+        model = DocToLoRA(base, wanted.hypernet, wanted.chunk, trained_chunks=most)
     stream = NeedleTraining(base.tokenizer, wanted.stream, wanted.train_chunk, wanted.train.seed)
 
     def held_out(_: int) -> dict[str, float]:

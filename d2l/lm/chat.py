@@ -7,6 +7,7 @@ empty, as in the published data (spec section 9).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -14,6 +15,7 @@ from jinja2.exceptions import TemplateError
 _USER = "zqUserTextqz"
 _SYSTEM = "zqSystemTextqz"
 _PROBES = ("a", "7 zebras?", "Who. x")
+_BLOCK = 16_384
 
 
 def render_chat(tokenizer: Any, user_text: str, system: str = "") -> list[int]:
@@ -28,8 +30,44 @@ def render_chat(tokenizer: Any, user_text: str, system: str = "") -> list[int]:
     >>> tokenizer.decode(render_chat(tokenizer, "Here we go."))
     '<s> <system> <end> <user> Here we go. <end> <assistant>'
     """
+    return [i for ids in stream_chat(tokenizer, [user_text.strip()], system) for i in ids]
+
+
+def stream_chat(tokenizer: Any, blocks: Iterable[str], system: str = "") -> Iterator[list[int]]:
+    """Yield the ids of `render_chat`, a block of the user's text at a time.
+
+    ``blocks`` are the stripped text in pieces, as `blocks_of` makes them.  Where two meet, the ids
+    may differ from those of the whole text by a token or two.
+    """
     left, right = _frame(tokenizer, system)
-    return _encode_around(tokenizer, left, user_text.strip(), right)
+    control, held = _control_tokens(tokenizer, left + right), None
+    for block in blocks:
+        if held is not None:
+            yield _encode_around(tokenizer, left, held, "", control)
+            left = ""
+        held = block
+    yield _encode_around(tokenizer, left, held or "", right, control)
+
+
+def blocks_of(texts: Iterable[str]) -> Iterator[str]:
+    """Strip a text that comes in pieces and yield it in blocks that end before white space.
+
+    The blocks joined are the stripped text.  A block but the last has at most 16,384 characters.
+
+    >>> list(blocks_of(["  Here ", "we", " go. \\n"]))
+    ['Here we go.']
+    """
+    held = ""
+    pieces = (t[i : i + _BLOCK] for t in texts for i in range(0, len(t), _BLOCK))
+    for text in pieces:
+        held = (held + text) if held else text.lstrip()
+        while len(held) > 2 * _BLOCK:
+            ends = [m.end() for m in re.finditer(r"\S(?=\s)", held[: _BLOCK + 1])]
+            at = ends[-1] if ends else _BLOCK
+            yield held[:at]
+            held = held[at:]
+    if held.rstrip():
+        yield held.rstrip()
 
 
 def chat_affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -44,7 +82,8 @@ def chat_affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
     """
     left, right = _frame(tokenizer, "")
     right = right.rstrip(" ")
-    rendered = [_encode_around(tokenizer, left, probe, right) for probe in _PROBES]
+    control = _control_tokens(tokenizer, left + right)
+    rendered = [_encode_around(tokenizer, left, probe, right, control) for probe in _PROBES]
     prefix = _common(rendered)
     suffix = _common([ids[len(prefix) :][::-1] for ids in rendered])[::-1]
     return prefix, suffix
@@ -86,9 +125,10 @@ def _opening(tokenizer: Any) -> tuple[str, str]:
     return "".join(tokenizer.convert_ids_to_tokens(added)), ""
 
 
-def _encode_around(tokenizer: Any, left: str, text: str, right: str) -> list[int]:
-    """Tokenize ``left + text + right`` with control tokens active outside ``text`` only."""
-    control = _control_tokens(tokenizer, left + right)
+def _encode_around(
+    tokenizer: Any, left: str, text: str, right: str, control: dict[str, None]
+) -> list[int]:
+    """Tokenize ``left + text + right`` with ``control`` tokens active outside ``text`` only."""
     pattern = re.compile("|".join(map(re.escape, control)) or "(?!)")
     if not pattern.search(text):
         return _encode(tokenizer, left + text + right)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,11 +33,16 @@ def decoder_of(model: Any) -> tuple[Any, str]:
 
 
 def linears_of(layer: nn.Module) -> dict[str, nn.Module]:
-    """Name a decoder layer's linears: by the last part of the path where that is unique."""
+    """Name a decoder layer's linears: by the last part of the path where that is unique.
+
+    Routed experts are left out: they see tokens, not rows, so nobody knows whose they are.
+    """
     found = {
         path: m
         for path, m in layer.named_modules()
-        if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and m.weight.ndim == 2
+        if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
+        and m.weight.ndim == 2
+        and "experts." not in path
     }
     last = [path.rpartition(".")[2] for path in found]
     return {
@@ -53,6 +59,28 @@ def widths_of(linear: nn.Module) -> tuple[int, int]:
     return d_in, d_out
 
 
+@dataclass(frozen=True)
+class Site:
+    """A linear that can be adapted: layer, name there, path in the model, and widths."""
+
+    layer: int
+    module: str
+    path: str
+    d_in: int
+    d_out: int
+
+
+def sites_of(model: Any) -> list[Site]:
+    """List the linears of all decoder layers, layer by layer."""
+    decoder, name = decoder_of(model)
+    path_of = {id(m): path for path, m in model.named_modules()}
+    return [
+        Site(index, module, path_of[id(linear)], *widths_of(linear))
+        for index, layer in enumerate(getattr(decoder, name))
+        for module, linear in linears_of(layer).items()
+    ]
+
+
 def instrument(model: Any) -> None:
     """Register the hooks on every linear of every decoder layer; a second call does nothing."""
     if getattr(model, "_d2l_instrumented", False):
@@ -62,6 +90,11 @@ def instrument(model: Any) -> None:
         for module, linear in linears_of(layer).items():
             linear.register_forward_hook(_hook(model, index, module))
     model._d2l_instrumented = True
+
+
+def is_merged(model: Any) -> bool:
+    """Say whether an adapter has been added to the model's weights."""
+    return getattr(model, "_d2l_merged", False)
 
 
 @contextmanager
@@ -83,6 +116,6 @@ def _hook(model: nn.Module, layer: int, module: str) -> Callable[..., Tensor | N
         if active is None or active[0] is not model:
             return None
         update = active[1](layer, module, args[0])
-        return None if update is None else out + update.to(out.dtype)
+        return None if update is None else out + update[..., : out.shape[-1]].to(out.dtype)
 
     return add

@@ -62,7 +62,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, fails):
 def test_a_really_full_device_is_an_os_error(tmp_path):
     with (
         pytest.raises(OSError, match="No space left"),
-        artifacts.replacing(tmp_path / "x.bin"),
+        home.replacing(tmp_path / "x.bin"),
         open("/dev/full", "wb") as device,
     ):
         device.write(b"x" * 10_000)
@@ -73,7 +73,7 @@ def test_failure_inside_replacing_keeps_the_old_file(tmp_path):
     path = artifacts.write_text(tmp_path / "kept.txt", "old")
 
     def interrupted():
-        with artifacts.replacing(path) as temporary:
+        with home.replacing(path) as temporary:
             assert temporary.suffix == ".txt"
             temporary.write_text("half")
             raise KeyboardInterrupt

@@ -17,6 +17,7 @@ from d2l.evaluate import (
 from d2l.lm.base import LanguageModel, render_chat
 from d2l.lm.tiny import build_model, build_tokenizer
 from d2l.model import DocToLoRA
+from d2l.reading import sha256_of
 
 SMALL = PerceiverConfig(d_latent=16, n_latents=4, n_blocks=1, n_heads=2, n_kv_heads=1, d_head=8)
 
@@ -47,9 +48,10 @@ def test_right_and_wrong_adapters_are_asked(model, samples, monkeypatch) -> None
     """A stand-in that answers with its adapter's own document shows which one was asked."""
     asked = []
 
-    def answer(prompts, loras=None, docs=None, **_):
-        docs = list(range(len(prompts))) if docs is None else list(docs)
-        asked.append((len(loras), docs))
+    def answer(prompts, adapters, **_):
+        known = [sha256_of(s.document) for s in current]
+        docs = [known.index(a.sources[0].sha256) for a in adapters]
+        asked.append(docs)
         return [current[d].answer for d in docs], 0
 
     monkeypatch.setattr(model, "answer", answer)
@@ -59,7 +61,7 @@ def test_right_and_wrong_adapters_are_asked(model, samples, monkeypatch) -> None
         own, wrong = answer_internalized(model, current, batch=3, max_new_tokens=4)
         own_hits, wrong_hits = own_hits + own.hits, wrong_hits + wrong.hits
     assert (own_hits, wrong_hits) == (5, 0)
-    assert asked == [(3, [0, 1, 2]), (3, [1, 2, 0]), (2, [0, 1]), (2, [1, 0])]
+    assert asked == [[0, 1, 2], [1, 2, 0], [0, 1], [1, 0]]
 
 
 def test_a_batch_of_one_has_no_wrong_document(model, samples) -> None:
@@ -68,9 +70,9 @@ def test_a_batch_of_one_has_no_wrong_document(model, samples) -> None:
 
 
 def test_an_untrained_hypernetwork_changes_nothing(model, samples) -> None:
-    loras = model.internalize([s.document for s in samples])
+    adapters = model.internalize_batch([s.document for s in samples])
     questions = [s.question for s in samples]
-    assert model.generate(questions, loras, max_new_tokens=6) == model.generate(
+    assert model.generate(questions, adapters, max_new_tokens=6) == model.generate(
         questions, max_new_tokens=6
     )
 
@@ -109,8 +111,8 @@ def test_adapter_memory_counts_every_chunk_and_the_bias(model, samples) -> None:
 
 def test_internalizing_is_the_same_with_and_without_deduplication(model) -> None:
     document = "\n".join(["The grass is green."] * 60)
-    a = model.internalize(document).A["down_proj"]
-    b = model.internalize(document, dedupe=False).A["down_proj"]
+    a = model.internalize_batch([document])[0].A["down_proj"]
+    b = model.internalize_batch([document], dedupe=False)[0].A["down_proj"]
     torch.testing.assert_close(a, b)
 
 

@@ -14,6 +14,7 @@ from d2l.config import (
     PerceiverConfig,
 )
 from d2l.lm.base import LanguageModel
+from d2l.lm.tiny import build_tokenizer
 from d2l.model import DocToLoRA
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "mistral", "phi", "gpt_neox")
@@ -49,6 +50,14 @@ def language_model(family: str = "llama", seed: int = 0, **sizes) -> LanguageMod
         elif "norm" in name:
             torch.nn.init.normal_(parameter, mean=0.0 if "gemma" in family else 1.0, std=0.2)
     return LanguageModel(model, SimpleNamespace(pad_token_id=0), f"random-{family}")
+
+
+def speaking(family: str = "llama", seed: int = 0, dtype=torch.float32, **sizes) -> LanguageModel:
+    """Make a random base with the tiny word-level tokenizer: it can read and answer."""
+    tokenizer = build_tokenizer()
+    base = language_model(family, seed, vocab_size=len(tokenizer), **sizes)
+    base.model.generation_config.eos_token_id = None
+    return LanguageModel(base.model.to(dtype), tokenizer, base.name)
 
 
 def hypernet_config(**changes) -> HypernetConfig:

@@ -1,38 +1,44 @@
-"""The command line: reproduce, train, figures, claims, notebooks.
-
-Exit codes: 0 it ran (claims that do not hold are reported, not an error, unless `--strict`), 1 it
-failed, 2 the request cannot be served as asked.  Heavy imports happen inside the commands.
-"""
+"""Commands that reproduce the papers: reproduce, train, figures, claims, bench, notebooks."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import experiments, notebooks
-from .experiments import EXPERIMENTS, Experiment
-from .home import repo_root
+from .. import experiments, notebooks
+from ..experiments import EXPERIMENTS, SCALES, Experiment
+from ..home import repo_root
+from .common import AsJson, console, print_json, short
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Reproduce the experiments of Doc-to-LoRA.",
-)
+SMOKE = {"scale": "smoke", "model": "fig2/tiny"}
 OWN_OPTIONS = ("scale", "seed", "out_dir", "retrain", "overrides")
+PANEL = "The paper"
+app = typer.Typer()
 
-Id = Annotated[str, typer.Argument(metavar="ID", help="Figure or table, e.g. fig2.")]
-Scale = Annotated[str, typer.Option(help="smoke, tiny, small or paper; empty: the usual one.")]
+
+def _complete(known: Iterable[str]) -> Callable[[str], list[str]]:
+    return lambda incomplete: [word for word in known if word.startswith(incomplete)]
+
+
+Id = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID", help="Figure or table, e.g. fig2.", autocompletion=_complete(EXPERIMENTS)
+    ),
+]
+Scale = Annotated[
+    str,
+    typer.Option(
+        help="smoke, tiny, small or paper; empty: the usual one.", autocompletion=_complete(SCALES)
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of training and of the evaluation data.")]
 Settings = Annotated[
     list[str] | None,
@@ -40,7 +46,7 @@ Settings = Annotated[
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def reproduce(
     experiment_id: Id,
     scale: Scale = "",
@@ -55,7 +61,7 @@ def reproduce(
     scale = experiments.check_scale(experiment, scale or experiment.default_scale)
     notebook = repo_root() / experiment.notebook
     given, overrides = _split_settings(parse_settings(settings), notebook, experiment, scale)
-    from .experiments import base
+    from ..experiments import base
 
     request = base.request(experiment.id, scale, seed, overrides, out_dir)
     given |= {
@@ -67,7 +73,7 @@ def reproduce(
     }
     usual = base.default_out_dir(experiment, scale, seed, overrides)
     executed = _executed(f"{experiment.id}-{usual.name}")
-    say = _console()
+    say = console()
     say.print(f"[bold]{experiment.id}[/] at scale [bold]{scale}[/]: {experiment.cost[scale]}")
     started = time.time()
     try:
@@ -76,20 +82,20 @@ def reproduce(
         if error.error_name == experiments.CannotRun.__name__:
             raise experiments.CannotRun(str(error)) from error
         raise OSError(
-            0, f"{error}\n({error.error_name}; traceback in {_short(executed)})"
+            0, f"{error}\n({error.error_name}; traceback in {short(executed)})"
         ) from error
     manifest = request.out_dir / "manifest.json"
     if not manifest.is_file() or manifest.stat().st_mtime < started - 1:
-        raise OSError(0, f"{_short(executed)} ran, but wrote no {manifest}")
+        raise OSError(0, f"{short(executed)} ran, but wrote no {manifest}")
     verdicts = json.loads(manifest.read_text(encoding="utf-8"))["verdicts"]
     say.print(_verdict_table(f"Claims of {experiment.id} at scale {scale}", verdicts))
-    say.print(f"{time.time() - started:.0f} s. Results: {_short(request.out_dir)}", soft_wrap=True)
-    say.print(f"Executed notebook: {_short(executed)}", soft_wrap=True)
+    say.print(f"{time.time() - started:.0f} s. Results: {short(request.out_dir)}", soft_wrap=True)
+    say.print(f"Executed notebook: {short(executed)}", soft_wrap=True)
     if strict and any(v["verdict"] == "does not hold" for v in verdicts):
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def train(experiment_id: Id, scale: Scale = "", seed: Seed = 0, settings: Settings = None) -> None:
     """Train the hypernetwork of an experiment again; an interrupted run resumes."""
     experiment = experiments.find(experiment_id)
@@ -99,12 +105,12 @@ def train(experiment_id: Id, scale: Scale = "", seed: Seed = 0, settings: Settin
     experiment.function("train")(scale=scale, seed=seed, overrides=overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def figures() -> None:
     """List what can be reproduced, its cost at each scale, and how its claims stand."""
-    from . import artifacts, claims
+    from .. import artifacts, claims
 
-    say = _console()
+    say = console()
     for experiment in EXPERIMENTS.values():
         title = f"{experiment.id}: {experiment.title}"
         table = Table("scale", "cost on two CPU cores", "claims, as committed", title=title)
@@ -119,49 +125,49 @@ def figures() -> None:
         say.print(table)
 
 
-@app.command(name="claims")
-def claims_(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
-) -> None:
+@app.command(name="claims", rich_help_panel=PANEL)
+def claims_(as_json: AsJson = False) -> None:
     """Judge every committed result afresh against the papers' claims."""
     import dataclasses
 
-    from . import claims
+    from .. import claims
 
     ledger = claims.ledger()
     if as_json:
         rows = [dataclasses.asdict(v) for _, verdicts, _ in ledger for v in verdicts]
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print_json(rows)
         return
-    say = _console()
+    say = console()
     if not ledger:
         say.print("No committed results yet; `just reproduce fig2 --scale tiny` makes some.")
     for folder, verdicts, changed in ledger:
         rows = [dataclasses.asdict(v) for v in verdicts]
-        say.print(_verdict_table(_short(folder), rows))
+        say.print(_verdict_table(short(folder), rows))
         if changed:
             say.print(f"[yellow]changed since the run: {', '.join(changed)}[/]")
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def bench(
     scale: Annotated[str, typer.Option(help="tiny or small, from shipped weights.")] = "small",
     repeats: Annotated[int, typer.Option(min=1, help="Runs per length; medians are kept.")] = 3,
 ) -> None:
-    """Measure what internalising costs: time against the bare encoder, and peak memory."""
-    from d2l.experiments.bench import run
+    """Measure what internalising and asking cost, against the bare encoder and the bare base."""
+    from ..experiments.bench import run
 
-    folder, table = run(scale, repeats)
-    _console().print(table.round(3).to_string(index=False))
-    _console().print(f"Written to {_short(folder)}")
+    folder, tables = run(scale, repeats)
+    for table in tables:
+        console().print(table.round(3).to_string(index=False))
+    console().print(f"Written to {short(folder)}")
 
 
-@app.command(name="notebooks")
+@app.command(name="notebooks", rich_help_panel=PANEL)
 def notebooks_() -> None:
     """Run every notebook at scale smoke; executed copies lie under build/notebooks."""
-    say, failed = _console(), []
+    say, failed = console(), []
     for notebook in sorted((repo_root() / "notebooks").glob("*.ipynb")):
-        given = {"scale": "smoke"} if "scale" in notebooks.parameters(notebook) else {}
+        known = notebooks.parameters(notebook)
+        given = {k: v for k, v in SMOKE.items() if k in known}
         started = time.time()
         try:
             notebooks.execute(notebook, _executed(f"{notebook.stem}-smoke"), given, quiet=True)
@@ -188,27 +194,6 @@ def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             found[key] = text
     return found
-
-
-def main() -> None:
-    """Run the command line; every expected error becomes one message and an exit code.
-
-    `D2L_TRACEBACK=1` shows the whole traceback instead.
-    """
-    try:
-        app()
-    except (ValueError, experiments.CannotRun) as error:
-        _report(error, 2)
-    except OSError as error:
-        _report(error, 1)
-
-
-def _report(error: Exception, code: int) -> None:
-    if os.environ.get("D2L_TRACEBACK"):
-        raise error
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    _console(stderr=True).print(f"[red]error:[/] {escape(text)}", soft_wrap=True)
-    sys.exit(code)
 
 
 def _split_settings(
@@ -241,11 +226,3 @@ def _verdict_table(title: str, verdicts: Sequence[dict[str, Any]]) -> Table:
         )
         table.add_row(f"[{colour}]{v['verdict']}[/]", about, measured, v["tolerance"])
     return table
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(repo_root())) if path.is_relative_to(repo_root()) else str(path)
-
-
-def _console(stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False)

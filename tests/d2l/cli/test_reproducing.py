@@ -2,18 +2,17 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import stub_fig2
 
-from d2l import cli, experiments, home, notebooks
+from d2l import experiments, home, notebooks
 from d2l.artifacts import Manifest
+from d2l.cli import reproducing
 
 ROOT = home.repo_root()
-SUPPORT = Path(__file__).parents[1] / "support"
+SUPPORT = Path(__file__).parents[2] / "support"
 
 
 @pytest.fixture
@@ -35,19 +34,6 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path.resolve()
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Run the command line; return its exit code and everything it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["d2l", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        return exit_.value.code, "".join(capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -173,16 +159,5 @@ def test_notebooks_runs_each_at_smoke(checkout, call, no_kernel):
 
 def test_settings_are_json_or_text():
     settings = ["a=1", "b=[1, 2]", "c=true", "d=text", "e=x=y", 'f="1"']
-    found = cli.parse_settings(settings)
+    found = reproducing.parse_settings(settings)
     assert found == {"a": 1, "b": [1, 2], "c": True, "d": "text", "e": "x=y", "f": "1"}
-
-
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys\nfrom d2l import cli\ntry:\n    cli.app(['--help'])\nexcept SystemExit:\n"
-        "    pass\nheavy = {'torch', 'pandas', 'matplotlib', 'transformers', 'papermill'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "reproduce" in done.stdout
