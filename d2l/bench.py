@@ -1,4 +1,4 @@
-"""Cost of internalising a long document: time against the bare encoder, and peak memory.
+"""Cost of internalising a long document, and of asking about it.
 
 A benchmark, not a test: run it on an idle machine with ``just bench``.
 """
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
@@ -21,6 +22,8 @@ from .chunking import group_by_length
 from .data.needle import NeedleGenerator
 from .evaluate import MIB
 from .model import DocToLoRA
+
+Work = Callable[[], Any]
 
 
 def internalize_cost(model: DocToLoRA, n_tok: int, *, repeats: int = 3) -> dict[str, float]:
@@ -56,6 +59,72 @@ def internalize_cost(model: DocToLoRA, n_tok: int, *, repeats: int = 3) -> dict[
         "peak_mib": peak[0],
         "beyond_adapter_mib": peak[0] - adapter_mib,
     }
+
+
+QUERY = "What is the special magic number? Reply with only the number."
+
+
+def query_cost(model: DocToLoRA, context_tok: int, *, repeats: int = 5) -> list[dict[str, Any]]:
+    """Time queries with and without adapters; one row per measurement, times are medians.
+
+    ``ratio`` is seconds over those of ``against``, both measured in turn: an answer of 32 tokens
+    merged and unmerged against the bare base, the first token from an adapter against one with the
+    document of about ``context_tok`` tokens in the prompt, and 16 rows with 16 adapters in one call
+    against 16 calls.
+    """
+    generator = NeedleGenerator(model.reader.tokenizer, filler="prose", split="test")
+    rng = random.Random(0)
+
+    def document(n_tok: int) -> str:
+        return generator.sample(rng, int(0.97 * n_tok), n_tok).document
+
+    long = document(context_tok)
+    whole = model.internalize(long)
+    short = [model.internalize(document(model.chunk.max_tok // 2)) for _ in range(16)]
+    many = whole
+    while len(many.chunks) < 32:
+        many = many + model.internalize(document(context_tok))
+    answer = {"max_new_tokens": 32, "min_new_tokens": 32}
+    first = {"max_new_tokens": 1}
+    rows: list[dict[str, Any]] = []
+
+    def compare(
+        measure: str, against: str, n_chunks: int, ours: Work, theirs: Work, n: int
+    ) -> None:
+        ours(), theirs() if n > 1 else None
+        pairs = [(_seconds(model, theirs), _seconds(model, ours)) for _ in range(n)]
+        base_s, seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
+        found = {"measure": measure, "n_chunks": n_chunks, "seconds": seconds, "against": against}
+        rows.append(found | {"against_s": base_s, "ratio": seconds / base_s})
+
+    def bare() -> Any:
+        return model.ask(QUERY, **answer)
+
+    for adapter in (short[0], whole, many):
+        n = len(adapter.chunks)
+        unmerged = partial(model.ask, QUERY, adapter, **answer)
+        compare("answer, unmerged", "answer, base", n, unmerged, bare, repeats)
+    timed = []
+    for _ in range(repeats):
+        before = _seconds(model, bare)
+        with whole.merge_into(model):
+            timed.append((before, _seconds(model, bare)))
+    base_s, seconds = (statistics.median(column) for column in zip(*timed, strict=True))
+    rows.append(
+        {"measure": "answer, merged", "n_chunks": len(whole.chunks), "seconds": seconds}
+        | {"against": "answer, base", "against_s": base_s, "ratio": seconds / base_s}
+    )
+    compare(
+        "first token, adapter", f"first token, {context_tok} tokens in context", len(whole.chunks),
+        partial(model.ask, QUERY, whole, **first),
+        partial(model.ask, f"{long}\n\n{QUERY}", **first), 1,
+    )  # fmt: skip
+    compare(
+        "16 rows, 16 adapters, one call", "16 calls", 1,
+        partial(model.generate, [QUERY] * 16, short, **answer),
+        lambda: [model.ask(QUERY, a, **answer) for a in short], max(1, repeats // 2),
+    )  # fmt: skip
+    return rows
 
 
 def _seconds(model: DocToLoRA, work: Callable[[], Any]) -> float:

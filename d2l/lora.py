@@ -8,6 +8,7 @@ them, so no document is padded to another.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -194,6 +195,7 @@ def route_rows(loras: LoraBatch, doc_of_row: Sequence[int], *, training: bool = 
     with_none = counts[0] > 0
     rank = Segments((0, *loras.rank.lengths)) if with_none else loras.rank
     rows_per_doc = counts if with_none else counts[1:]
+    tok_of = functools.cache(lambda n_tok: Segments.of(n * n_tok for n in rows_per_doc))
 
     def delta(layer: int, module: str, x: Tensor) -> Tensor | None:
         if module not in loras.A or layer not in loras.layers:
@@ -206,7 +208,7 @@ def route_rows(loras: LoraBatch, doc_of_row: Sequence[int], *, training: bool = 
             raise ValueError(
                 f"batch of shape {tuple(x.shape)} does not fit {len(doc_of_row)} routed rows"
             )
-        tok = Segments.of(n * copies * x.shape[1] for n in rows_per_doc)
+        tok = tok_of(copies * x.shape[1])
         if in_order:
             return _apply(loras, layer, module, x.flatten(0, 1), tok, rank, training).view(
                 *x.shape[:2], -1

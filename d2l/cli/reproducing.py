@@ -152,11 +152,12 @@ def bench(
     scale: Annotated[str, typer.Option(help="tiny or small, from shipped weights.")] = "small",
     repeats: Annotated[int, typer.Option(min=1, help="Runs per length; medians are kept.")] = 3,
 ) -> None:
-    """Measure what internalising costs: time against the bare encoder, and peak memory."""
+    """Measure what internalising and asking cost, against the bare encoder and the bare base."""
     from ..experiments.bench import run
 
-    folder, table = run(scale, repeats)
-    console().print(table.round(3).to_string(index=False))
+    folder, tables = run(scale, repeats)
+    for table in tables:
+        console().print(table.round(3).to_string(index=False))
     console().print(f"Written to {short(folder)}")
 
 

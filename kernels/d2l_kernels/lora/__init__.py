@@ -55,12 +55,13 @@ def segmented_lora(
     if backend == "reference":
         y = reference.forward(x.to(A.dtype), A, B, tok.lengths, rank.lengths, scale)
     else:
-        y = _forward(x.to(A.dtype), A, B, tok.lengths, rank.lengths, float(scale), backend)
+        traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        run = _forward if traced else _run  # the op's own machinery costs more than a decoding step
+        y = run(x.to(A.dtype), A, B, tok.lengths, rank.lengths, float(scale), backend)
     return y.to(x.dtype)
 
 
-@torch.library.custom_op("d2l_kernels::segmented_lora", mutates_args=())
-def _forward(
+def _run(
     x: Tensor,
     A: Tensor,
     B: Tensor,
@@ -71,6 +72,9 @@ def _forward(
 ) -> Tensor:
     with without_autocast(x):
         return choose(OP, backend, x, A, B).forward(x, A, B, tok, rank, scale)
+
+
+_forward = torch.library.custom_op("d2l_kernels::segmented_lora", _run, mutates_args=())
 
 
 @_forward.register_fake
