@@ -1,0 +1,40 @@
+"""`latent_attention`'s core on the kernels of `cross_attention`: one tile of x is key and value."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..cross import triton_backend as attention
+
+WIDEST = 512
+
+
+def why_not(*args: Tensor) -> str | None:
+    """Say what keeps the kernels from running: the width that counts is x's."""
+    return attention.why_not(*args[1:], widest=WIDEST)
+
+
+def forward(
+    q: Tensor, x: Tensor, lengths: Sequence[int], eps: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return what `torch_backend.forward` does, without ever storing ``x / rms(x)``."""
+    x = x[:, None]
+    out, lse = attention.forward(q[:, None], x, x, lengths, scale, eps)
+    return out[:, 0], lse[:, 0]
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    x: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Sequence[int],
+    eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of q and x; the norm's is taken before a tile of dx is stored."""
+    x = x[:, None]
+    d_out, q, out, lse = (t[:, None] for t in (d_out, q, out, lse))
+    dq, dx, _ = attention.backward(d_out, q, x, x, out, lse, lengths, scale, eps)
+    return dq[:, 0], dx[:, 0]
