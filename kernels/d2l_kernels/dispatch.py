@@ -8,6 +8,7 @@ Every op lies in a folder of its own; a backend is a module there, ``<name>_back
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,10 +18,10 @@ from types import MappingProxyType, ModuleType
 import torch
 from torch import Tensor
 
-PREFERENCE = ("torch",)
+PREFERENCE = ("triton", "torch")
 OPS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
     {
-        "segmented_lora": ("lora", ("torch", "reference")),
+        "segmented_lora": ("lora", ("triton", "torch", "reference")),
         "cross_attention": ("cross", ("torch", "reference")),
         "latent_attention": ("latent", ("torch", "reference")),
         "topk_distill": ("distill", ("torch", "reference")),
@@ -59,10 +60,13 @@ def use_backend(backend: str | None = None, /, **of_op: str) -> Iterator[None]:
         _FORCED.reset(token)
 
 
-@torch.compiler.assume_constant_result
 def forced(op: str) -> str:
     """Return the backend forced for ``op`` here, or an empty string."""
     return _FORCED.get().get(op, "")
+
+
+# what torch.compiler.assume_constant_result sets, without importing all of torch.compile for it
+forced.__dict__["_dynamo_marked_constant"] = True
 
 
 def explain(op: str | None = None, *args: object) -> dict:
@@ -82,6 +86,8 @@ def explain(op: str | None = None, *args: object) -> dict:
 
 def why_not(op: str, backend: str, *args: object) -> str | None:
     """Return the reason why ``backend`` cannot run ``op`` on ``args``, or None."""
+    if backend in ("triton", "flash") and (reason := _no_gpu(backend, args)):
+        return reason
     module = load(op, backend)
     if isinstance(module, str):
         return module
@@ -145,6 +151,16 @@ def require_alike(**tensors: Tensor) -> None:
     for other, t in rest:
         require(t.dtype == first.dtype, f"{other} is {t.dtype} but {name} is {first.dtype}")
         require(t.device == first.device, f"{other} is on {t.device}, {name} on {first.device}")
+
+
+def _no_gpu(backend: str, args: tuple[object, ...]) -> str | None:
+    """Say why a GPU backend is out before its library is imported; Triton's interpreter is in."""
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    off = next((t.device for t in args if isinstance(t, Tensor) and not t.is_cuda), None)
+    return f"a tensor is on {off}, not on a CUDA device" if off else None
 
 
 def _backends(op: str) -> tuple[str, ...]:
