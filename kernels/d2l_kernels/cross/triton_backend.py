@@ -1,26 +1,155 @@
-"""Attention over ragged segments in four Triton kernels; `latent_attention` uses them as well.
+"""Attention over ragged segments in four Triton kernels; `latent_attention` runs on them as well.
 
-A program owns a block of rows and a piece of one segment's tokens (forward, dq), or a tile of tokens
-(dk, dv).  What several pieces of a segment found is combined in their order, so nothing is atomic
-and two runs agree bit for bit.  With ``NORM`` there is one tensor x: keys and values are both
-``x / rms(x)``, formed in the tile.  Sums, softmax and statistics are in ``ACC``.
+A program owns a block of rows and a piece of one segment's tokens (values, dq), or a tile of tokens
+(dk, dv).  What the pieces of a segment found is combined in their order, so nothing is atomic and
+two runs agree bit for bit.  With ``NORM`` there is one tensor x: keys and values are ``x / rms(x)``,
+but products read a tile of x itself, and each token's ``1 / rms`` joins its scores and weights.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 264
-SHORTEST_PIECE = 256
+from .. import triton_support as ts
+
+WIDEST = 256
+# programs that keep a large GPU busy; fewer than that share the tokens of a segment
+PROGRAMS, SHORTEST_PIECE = 264, 256
+
+
+class Tiles(NamedTuple):
+    """Launch options of a kernel: rows and tokens of a tile, warps, loads in flight."""
+
+    M: int
+    N: int
+    num_warps: int
+    num_stages: int
+
+
+# for rows up to this width, of this many bytes a number: values, dq, dk and dv
+TILES = {
+    2: {
+        64: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+        128: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)),
+        256: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1)),
+        512: (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1), Tiles(16, 32, 8, 1)),
+    },
+    4: {
+        64: (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+        128: (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1)),
+        256: (Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        512: (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+}
+
+
+def why_not(*args: Tensor) -> str | None:
+    """Say what keeps the kernels from running on these tensors."""
+    if args and args[0].shape[-1] > WIDEST:
+        return f"heads of {args[0].shape[-1]} are wider than {WIDEST}"
+    return ts.why_not(*args)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, eps: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return what `torch_backend.forward` does; with ``eps``, for ``k / rms(k)`` as k and v."""
+    tiles, fixed = _tiles(q)[0], _fixed(q, eps)
+    pieces, of_segment, size = _cut(q, lengths, tiles)
+    out, lse = torch.empty_like(q), _wide(q, *q.shape[:-1])
+    whole = size >= max(lengths, default=0) and all(lengths)
+    found = (out, lse) if whole else tuple(_wide(q, len(pieces), *t.shape[1:]) for t in (out, lse))
+    ts.launch(
+        attend, _grid(q, pieces, tiles), q, k.contiguous(), v.contiguous(), *found, pieces,
+        ts.offsets(lengths, q.device), size, q.shape[2], scale, eps or 0.0,
+        **fixed, **tiles._asdict(),
+    )  # fmt: skip
+    if not whole:
+        _combine(*found, out, lse, of_segment, softmax=True)
+    return out, lse
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v; with ``eps`` k's is that of both and v's is unset."""
+    _, tiles, tiles_kv = _tiles(q)
+    given = (q, k.contiguous(), v.contiguous(), d_out, lse, (d_out.to(lse.dtype) * out).sum(-1))
+    start, numbers = ts.offsets(lengths, q.device), (q.shape[2], scale, eps or 0.0)
+    pieces, of_segment, size = _cut(q, lengths, tiles)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    whole = size >= max(lengths, default=0) and all(lengths)
+    found = dq if whole else _wide(q, len(pieces), *q.shape[1:])
+    fixed = _fixed(q, eps)
+    ts.launch(
+        gradient_q, _grid(q, pieces, tiles), *given, found, pieces, start, size, *numbers,
+        **fixed, **tiles._asdict(),
+    )  # fmt: skip
+    if not whole:
+        _combine(found, lse, dq, lse, of_segment, softmax=False)
+    pieces = ts.tiles(lengths, tiles_kv.N, q.device)
+    ts.launch(
+        gradient_kv, (len(pieces), q.shape[1]), *given, dk, dv, pieces, start, *numbers,
+        **fixed, **tiles_kv._asdict(),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _combine(
+    found: Tensor, found_lse: Tensor, out: Tensor, lse: Tensor, of_segment: Tensor, *, softmax: bool
+) -> None:
+    n_seg, heads, rows, d = out.shape
+    ts.launch(
+        combine, (n_seg, heads, ts.cdiv(rows, 16)), found, found_lse, out, lse, of_segment, rows,
+        HEADS=heads, D=d, C=ts.power_of_two(d), M=16, SOFTMAX=softmax,
+        ACC=ts.accumulator(out.dtype),
+    )  # fmt: skip
+
+
+def _tiles(q: Tensor) -> tuple[Tiles, Tiles, Tiles]:
+    widths = TILES[min(q.element_size(), 4)]
+    return next(tiles for widest, tiles in widths.items() if q.shape[3] <= widest)
+
+
+def _fixed(q: Tensor, eps: float | None) -> dict[str, object]:
+    d, norm = q.shape[3], eps is not None
+    fixed = {"HEADS": q.shape[1], "D": d, "C": ts.power_of_two(d), "NORM": norm}
+    return {**fixed, "ACC": ts.accumulator(q.dtype)}
+
+
+def _wide(q: Tensor, *shape: int) -> Tensor:
+    return q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _grid(q: Tensor, pieces: Tensor, tiles: Tiles) -> tuple[int, int, int]:
+    return len(pieces), q.shape[1], ts.cdiv(q.shape[2], tiles.M)
+
+
+def _cut(q: Tensor, lengths: Sequence[int], tiles: Tiles) -> tuple[Tensor, Tensor, int]:
+    """Cut segments so that ``PROGRAMS`` share the tokens; return each one's first piece, the size.
+
+    An empty segment has no piece.
+    """
+    share = sum(lengths) * q.shape[1] * ts.cdiv(q.shape[2], tiles.M) // PROGRAMS
+    size = max(SHORTEST_PIECE, ts.cdiv(share, tiles.N) * tiles.N)
+    n_pieces = [ts.cdiv(n, size) for n in lengths]
+    return ts.tiles(lengths, size, q.device), ts.offsets(n_pieces, q.device), size
 
 
 @triton.jit
+@no_type_check
 def _load(at, first, n, STRIDE: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr):
     """Load rows ``first ... first + SIZE`` of n as a tile, zeros beyond n rows and D columns."""
     row, col = first + tl.arange(0, SIZE)[:, None], tl.arange(0, C)[None, :]
@@ -28,6 +157,7 @@ def _load(at, first, n, STRIDE: tl.constexpr, D: tl.constexpr, SIZE: tl.constexp
 
 
 @triton.jit
+@no_type_check
 def _store(
     at, tile, first, n, STRIDE: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr
 ):
@@ -37,27 +167,37 @@ def _store(
 
 
 @triton.jit
+@no_type_check
+def _piece(pieces, tok_start, at, size):
+    """Load the segment of a piece, its first token and how many it has."""
+    seg, start = tl.load(pieces + 2 * at), tl.load(pieces + 2 * at + 1)
+    n = tl.minimum(size, tl.load(tok_start + seg + 1) - start)
+    return seg.to(tl.int64), start.to(tl.int64), n
+
+
+@triton.jit
+@no_type_check
 def _rms(x, eps, D: tl.constexpr, ACC: tl.constexpr):
     x = x.to(ACC)
     return tl.sqrt(tl.sum(x * x, 1) / D + eps)
 
 
 @triton.jit
+@no_type_check
 def _dot(a, b, ACC: tl.constexpr):
     return tl.dot(a, b, out_dtype=ACC, input_precision="ieee")
 
 
 @triton.jit
-def _attend(
-    q, k, v, out, lse, items, rows, scale, eps,
+@no_type_check
+def attend(
+    q, k, v, out, lse, pieces, tok_start, size, rows, scale, eps,
     HEADS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Attend from M rows to one piece of a segment: the softmax is kept up from tile to tile."""
     item, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M
-    seg = tl.load(items + 3 * item)
-    start = tl.load(items + 3 * item + 1)
-    n = tl.load(items + 3 * item + 2).to(tl.int32)
+    seg, start, n = _piece(pieces, tok_start, item, size)
     q_tile = _load(q + (seg * HEADS + head) * rows * D, block, rows, D, D, M, C)
     k += (start * HEADS + head) * D
     v += (start * HEADS + head) * D
@@ -87,8 +227,9 @@ def _attend(
 
 
 @triton.jit
-def _combine(
-    piece, piece_lse, out, lse, first_item, rows,
+@no_type_check
+def combine(
+    piece, piece_lse, out, lse, of_segment, rows,
     HEADS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
     SOFTMAX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -98,8 +239,8 @@ def _combine(
     top = tl.full([M], float("-inf"), ACC)
     total = tl.zeros([M], ACC)
     acc = tl.zeros([M, C], ACC)
-    for item in range(tl.load(first_item + seg), tl.load(first_item + seg + 1)):
-        at = (item * HEADS + head) * rows
+    for item in range(tl.load(of_segment + seg), tl.load(of_segment + seg + 1)):
+        at = (item * HEADS + head.to(tl.int64)) * rows
         tile = _load(piece + at * D, block, rows, D, D, M, C)
         if SOFTMAX:
             found = tl.load(piece_lse + at + row, mask=row < rows, other=0.0)
@@ -119,22 +260,22 @@ def _combine(
 
 
 @triton.jit
+@no_type_check
 def _probabilities(scores, lse):
     """Bound by 1, which rounding of huge scores and their log-sum-exp would break."""
     return tl.exp(tl.minimum(scores - lse, 0))
 
 
 @triton.jit
-def _gradient_q(
-    q, k, v, d_out, lse, dot, dq, items, rows, scale, eps,
+@no_type_check
+def gradient_q(
+    q, k, v, d_out, lse, dot, dq, pieces, tok_start, size, rows, scale, eps,
     HEADS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of M rows that comes from one piece of a segment."""
     item, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M
-    seg = tl.load(items + 3 * item)
-    start = tl.load(items + 3 * item + 1)
-    n = tl.load(items + 3 * item + 2).to(tl.int32)
+    seg, start, n = _piece(pieces, tok_start, item, size)
     at = (seg * HEADS + head) * rows
     row = block + tl.arange(0, M)
     q_tile = _load(q + at * D, block, rows, D, D, M, C)
@@ -159,16 +300,16 @@ def _gradient_q(
 
 
 @triton.jit
-def _gradient_kv(
-    q, k, v, d_out, lse, dot, dk, dv, items, rows, scale, eps,
+@no_type_check
+def gradient_kv(
+    q, k, v, d_out, lse, dot, dk, dv, pieces, tok_start, rows, scale, eps,
     HEADS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of N tokens; with ``NORM`` dk receives that of x and dv is unused."""
-    item, head = tl.program_id(0), tl.program_id(1)
-    seg = tl.load(items + 3 * item)
-    start = (tl.load(items + 3 * item + 1) * HEADS + head) * D
-    n = tl.load(items + 3 * item + 2).to(tl.int32)
+    head = tl.program_id(1)
+    seg, start, n = _piece(pieces, tok_start, tl.program_id(0), N)
+    start = (start * HEADS + head) * D
     at = (seg * HEADS + head) * rows
     k_tile = _load(k + start, 0, n, HEADS * D, D, N, C)
     v_tile = k_tile if NORM else _load(v + start, 0, n, HEADS * D, D, N, C)
@@ -202,156 +343,3 @@ def _gradient_kv(
     else:
         _store(dv + start, v_acc, 0, n, HEADS * D, D, N, C)
     _store(dk + start, k_acc, 0, n, HEADS * D, D, N, C)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a kernel is launched: rows and tokens of a tile, warps, loads in flight."""
-
-    rows: int
-    toks: int
-    warps: int
-    stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Name everything as a kernel's launch takes it."""
-        return {"M": self.rows, "N": self.toks, "num_warps": self.warps, "num_stages": self.stages}
-
-
-TILES = {
-    2: {
-        64: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-        128: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-        256: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-        512: (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1)),
-    },
-    4: {
-        64: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-        128: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-        256: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-        512: (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1)),
-    },
-}
-
-
-def why_not(*args: object) -> str | None:
-    return None
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    scale: float,
-    eps: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return what `torch_backend.forward` does; with ``eps``, of ``k / rms(k)`` instead of k and v."""
-    tiles, fixed = _tiles(q)[0], _fixed(q, eps)
-    table, first_item, whole = _pieces(tuple(lengths), _piece_size(q, lengths, tiles), q.device)
-    out, lse = torch.empty_like(q), _sums(q, *q.shape[:-1])
-    found, found_lse = out, lse
-    if not whole:
-        found, found_lse = (_sums(q, len(table), *t.shape[1:]) for t in (out, lse))
-    _attend[_grid(q, table, tiles)](
-        q, k.contiguous(), v.contiguous(), found, found_lse, table, q.shape[2], scale, eps or 0.0,
-        **fixed, **tiles.options,
-    )  # fmt: skip
-    if not whole:
-        _add_up(found, found_lse, out, lse, first_item, softmax=True)
-    return out, lse
-
-
-def backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: Sequence[int],
-    scale: float,
-    eps: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v; with ``eps`` k receives that of both, v's is empty."""
-    _, tiles, tiles_kv = _tiles(q)
-    fixed = _fixed(q, eps)
-    k, v = k.contiguous(), v.contiguous()
-    dot = (d_out.to(lse.dtype) * out).sum(-1)
-    given = (q, k, v, d_out, lse, dot)
-    numbers = (q.shape[2], scale, eps or 0.0)
-    table, first_item, whole = _pieces(tuple(lengths), _piece_size(q, lengths, tiles), q.device)
-    dq = torch.empty_like(q)
-    found = dq if whole else _sums(q, len(table), *q.shape[1:])
-    _gradient_q[_grid(q, table, tiles)](*given, found, table, *numbers, **fixed, **tiles.options)
-    if not whole:
-        _add_up(found, lse, dq, lse, first_item, softmax=False)
-    dk, dv = torch.empty_like(k), torch.empty_like(v if eps is None else v[:0])
-    table, _, _ = _pieces(tuple(lengths), tiles_kv.toks, q.device)
-    _gradient_kv[(len(table), q.shape[1])](
-        *given, dk, dv, table, *numbers, **fixed, **tiles_kv.options
-    )
-    return dq, dk, dv
-
-
-def _add_up(
-    found: Tensor, found_lse: Tensor, out: Tensor, lse: Tensor, first_item: Tensor, *, softmax: bool
-) -> None:
-    n_seg, heads, rows, _ = out.shape
-    fixed = _fixed(out, None)
-    del fixed["NORM"]
-    _combine[(n_seg, heads, triton.cdiv(rows, 16))](
-        found, found_lse, out, lse, first_item, rows, **fixed, M=16, SOFTMAX=softmax
-    )
-
-
-def _tiles(q: Tensor) -> tuple[Tiles, Tiles, Tiles]:
-    widths = TILES[min(q.element_size(), 4)]
-    return next(tiles for width, tiles in widths.items() if q.shape[3] <= width)
-
-
-def _fixed(q: Tensor, eps: float | None) -> dict[str, object]:
-    d = q.shape[3]
-    return {
-        "HEADS": q.shape[1],
-        "D": d,
-        "C": max(16, triton.next_power_of_2(d)),
-        "NORM": eps is not None,
-        "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
-    }
-
-
-def _sums(q: Tensor, *shape: int) -> Tensor:
-    return q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def _grid(q: Tensor, table: Tensor, tiles: Tiles) -> tuple[int, int, int]:
-    return len(table), q.shape[1], triton.cdiv(q.shape[2], tiles.rows)
-
-
-def _piece_size(q: Tensor, lengths: Sequence[int], tiles: Tiles) -> int:
-    """Cut so that about ``PROGRAMS`` programs share the tokens, a multiple of a tile each."""
-    share = sum(lengths) * q.shape[1] * triton.cdiv(q.shape[2], tiles.rows) // PROGRAMS
-    return max(SHORTEST_PIECE, triton.cdiv(share, tiles.toks) * tiles.toks)
-
-
-@lru_cache(maxsize=256)
-def _pieces(
-    lengths: tuple[int, ...], size: int, device: torch.device
-) -> tuple[Tensor, Tensor, bool]:
-    """Cut segments into pieces of at most ``size`` tokens: (segment, first token, tokens) of each.
-
-    Also returns the first piece of each segment, and whether every segment is one piece.
-    """
-    starts = accumulate(lengths, initial=0)
-    table = [
-        (seg, start + at, min(size, n - at))
-        for seg, (start, n) in enumerate(zip(starts, lengths, strict=False))
-        for at in range(0, n, size)
-    ]
-    first = [0, *accumulate(-(-n // size) for n in lengths)]
-    whole = all(0 < n <= size for n in lengths)
-    both = (torch.tensor(t, dtype=torch.int64) for t in (table, first))
-    table_on, first_on = (t.to(device, non_blocking=True) for t in both)
-    return table_on, first_on, whole

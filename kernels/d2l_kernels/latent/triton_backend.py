@@ -4,14 +4,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .. import triton_support as ts
 from ..cross import triton_backend as attention
 
 WIDEST = 512
 
 
 def why_not(*args: Tensor) -> str | None:
-    """Say what keeps the kernels from running: the width that counts is x's."""
-    return attention.why_not(*args[1:], widest=WIDEST)
+    """Say what keeps the kernels from running on these tensors; the width that counts is x's."""
+    if len(args) > 1 and args[1].shape[-1] > WIDEST:
+        return f"x of width {args[1].shape[-1]} is wider than {WIDEST}"
+    return ts.why_not(*args)
 
 
 def forward(
