@@ -24,7 +24,7 @@ OPS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "segmented_lora": ("lora", ("triton", "torch", "reference")),
         "cross_attention": ("cross", ("flash", "triton", "torch", "reference")),
         "latent_attention": ("latent", ("triton", "torch", "reference")),
-        "topk_distill": ("distill", ("torch", "reference")),
+        "topk_distill": ("distill", ("triton", "torch", "reference")),
     }
 )
 _FORCED: ContextVar[Mapping[str, str]] = ContextVar(

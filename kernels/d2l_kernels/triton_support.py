@@ -1,7 +1,8 @@
 """What the Triton backends share: when they run, ragged tiles as small device tables, launches.
 
-Kernels are launched through `launch` alone, so that a test can record every launch that a backend
-makes and compile it ahead of time.
+Kernels are launched through `launch` alone, where tests put bands around their tensors or compile
+them for a GPU that is not there.  They carry ``@no_type_check`` under ``@triton.jit``: the tests'
+run-time shape checks would wrap what Triton must read.
 """
 
 import os

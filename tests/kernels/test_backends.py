@@ -120,6 +120,25 @@ def test_explain_gives_a_reason_or_none(op):
     assert explain()[op] == reasons
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_its_backends_say_so_and_are_not_imported():
+    code = """
+import sys, torch
+from d2l_kernels import explain, segmented_lora, Segments, use_backend
+x = torch.ones(2, 3)
+segmented_lora(x, x, x, Segments((2,)), Segments((2,)))
+assert explain("segmented_lora", x)["triton"] == "there is no CUDA device"
+assert "d2l_kernels.triton_support" not in sys.modules
+try:
+    with use_backend("triton"):
+        segmented_lora(x, x, x, Segments((2,)), Segments((2,)))
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("on the triton backend: there is no CUDA device"), done
+
+
 def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr(load("segmented_lora", "torch"), "why_not", lambda *_: "it is Monday")
     x, A = torch.ones(2, 3), torch.ones(1, 3)

@@ -29,12 +29,12 @@ class Case:
     fn: object
 
 
-def lora(lengths, g, make):
-    rank = Segments.of((3, 0, 2, 5)[i % 4] for i in range(len(lengths)))
+def lora(lengths, g, make, ranks=(3, 0, 2, 5), d_in=6, d_out=5):
+    rank = Segments.of(ranks[i % 4] for i in range(len(lengths)))
     if len(set(lengths)) == 1:
-        rank = Segments((3,) * len(lengths))
+        rank = Segments((ranks[0],) * len(lengths))
     tok = Segments(lengths)
-    tensors = [make(tok.total, 6), make(rank.total, 6), make(rank.total, 5)]
+    tensors = [make(tok.total, d_in), make(rank.total, d_in), make(rank.total, d_out)]
     return Case(tensors, lambda x, A, B: segmented_lora(x, A, B, tok, rank, 1.7))
 
 
@@ -53,8 +53,8 @@ def latent(lengths, g, make, n_latents=3):
     return Case(tensors, lambda *t: latent_attention(*t, tok, 1e-5))
 
 
-def distill(lengths, g, make, softcap=None):
-    n, vocab, k = sum(lengths), 17, 4
+def distill(lengths, g, make, softcap=None, vocab=17, k=4):
+    n = sum(lengths)
     order = torch.rand(n, vocab, generator=g).argsort(-1)[:, :k]
     logprob = torch.randn(n, k, generator=g, dtype=torch.float64).log_softmax(-1) - 0.1
     weight = torch.rand(n, generator=g, dtype=torch.float64)
@@ -78,6 +78,13 @@ OPS = {
     "topk_distill, softcap": partial(distill, softcap=2.0),
 }
 
+# more than one tile every way, and no whole number of them, with the lengths to run each at
+WIDE = {
+    "segmented_lora, wide": partial(lora, ranks=(70, 0, 9, 33), d_in=1030, d_out=70),
+    "topk_distill, wide": partial(distill, softcap=2.0, vocab=4300, k=37),
+}
+WIDE_LENGTHS = {"segmented_lora, wide": (67, 0, 1, 3), "topk_distill, wide": (4, 0, 3)}
+
 
 def case(op, lengths, dtype=torch.float64, seed=0):
     """Build the case of an op; float64 inputs are rounded to ``dtype``, so all dtypes compare."""
@@ -86,7 +93,7 @@ def case(op, lengths, dtype=torch.float64, seed=0):
     def make(*shape):
         return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
-    return OPS[op](lengths, g, make)
+    return (OPS | WIDE)[op](lengths, g, make)
 
 
 def run(one, d_out=None):

@@ -5,6 +5,7 @@ No kernel adds to memory that another program writes, so two runs agree bit for 
 """
 
 from collections.abc import Sequence
+from typing import no_type_check
 
 import torch
 import triton
@@ -109,6 +110,7 @@ def _config(kernel: str, dtype: torch.dtype, widest: int) -> dict[str, int]:
 
 
 @triton.jit
+@no_type_check
 def shrink(
     x, factor, u, tiles, tok_start, rank_start, scale, n_tok, width, widest, per_split,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
@@ -139,6 +141,7 @@ def shrink(
 
 
 @triton.jit
+@no_type_check
 def expand(
     u, factor, y, tiles, tok_start, rank_start, width, widest,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
@@ -171,6 +174,7 @@ def expand(
 
 
 @triton.jit
+@no_type_check
 def outer(
     u, x, out, tiles, tok_start, rank_start, width, widest,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
