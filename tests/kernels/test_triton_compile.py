@@ -37,7 +37,31 @@ def distill(backend, make):
             backend.forward(hidden, head, logprob, idx, softcap, need_grad)
 
 
-SIZES = {"segmented_lora": lora, "topk_distill": distill}
+def cross(backend, make):
+    """Heads of every width in the table and one between; one long segment, and many."""
+    for d_head in (64, 128, 256, 40):
+        for lengths in ((4000, 1), (300,) * 300):
+            q, k = make(len(lengths), 4, 32, d_head), make(sum(lengths), 4, d_head)
+            out, lse = backend.forward(q, k, k, lengths, 0.1)
+            backend.backward(q, q, k, k, out, lse, lengths, 0.1)
+
+
+def latent(backend, make):
+    """Contexts of every width in the table and one between; one long segment, and many."""
+    for d_latent in (64, 128, 256, 512, 320):
+        for lengths in ((4000, 1), (300,) * 300):
+            q, x = make(len(lengths), 128, d_latent), make(sum(lengths), d_latent)
+            if backend.why_not(q, x) is None:
+                out, lse = backend.forward(q, x, lengths, 1e-6, 0.1)
+                backend.backward(q, q, x, out, lse, lengths, 1e-6, 0.1)
+
+
+SIZES = {
+    "segmented_lora": lora,
+    "cross_attention": cross,
+    "latent_attention": latent,
+    "topk_distill": distill,
+}
 
 
 @cache

@@ -55,7 +55,12 @@ def backward(
     with torch.enable_grad():
         found = _attend(*leaves, lengths, scale)
     dq, dk, dv = torch.autograd.grad(found, leaves, _packed(d_out, lengths))
-    return _unpacked(dq, q, lengths), dk, dv
+    dq = _unpacked(dq, q, lengths)
+    # the score of a lone token has no gradient, not even a rounding error
+    for i, (start, n) in enumerate(zip(accumulate(lengths, initial=0), lengths, strict=False)):
+        if n == 1:
+            dq[i], dk[start] = 0, 0
+    return dq, dk, dv
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:

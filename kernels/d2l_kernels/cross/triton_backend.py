@@ -33,16 +33,14 @@ class Tiles(NamedTuple):
 # for rows up to this width, of this many bytes a number: values, dq, dk and dv
 TILES = {
     2: {
-        64: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-        128: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)),
+        64: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)),
+        128: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 8, 1)),
         256: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1)),
-        512: (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        512: (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 1)),
     },
     4: {
         64: (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-        128: (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1)),
-        256: (Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
-        512: (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: (Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1)),
     },
 }
 
@@ -177,9 +175,23 @@ def _piece(pieces, tok_start, at, size):
 
 @triton.jit
 @no_type_check
+def _several(tok_start, seg, ACC: tl.constexpr):
+    """Return 0 for a lone token, whose score has no gradient, not even a rounding error."""
+    return (tl.load(tok_start + seg + 1) - tl.load(tok_start + seg) > 1).to(ACC)
+
+
+@triton.jit
+@no_type_check
 def _rms(x, eps, D: tl.constexpr, ACC: tl.constexpr):
     x = x.to(ACC)
     return tl.sqrt(tl.sum(x * x, 1) / D + eps)
+
+
+@triton.jit
+@no_type_check
+def _rho(x, n, eps, D: tl.constexpr, ACC: tl.constexpr):
+    """Return ``1 / rms``, and 0 beyond n tokens: there it would be large and meet zeros."""
+    return tl.where(tl.arange(0, x.shape[0]) < n, 1 / _rms(x, eps, D, ACC), 0)
 
 
 @triton.jit
@@ -284,6 +296,7 @@ def gradient_q(
     dot_tile = tl.load(dot + at + row, mask=row < rows, other=0.0)[:, None]
     k += (start * HEADS + head) * D
     v += (start * HEADS + head) * D
+    several = _several(tok_start, seg, ACC)
     acc = tl.zeros([M, C], ACC)
     for first in range(0, n, N):
         k_tile = _load(k, first, n, HEADS * D, D, N, C)
@@ -291,10 +304,11 @@ def gradient_q(
         scores = _dot(q_tile, tl.trans(k_tile), ACC) * scale
         dp = _dot(do_tile, tl.trans(v_tile), ACC)
         if NORM:
-            rho = 1 / _rms(k_tile, eps, D, ACC)[None, :]
-            ds = _probabilities(scores * rho, lse_tile) * (dp * rho - dot_tile) * (rho * scale)
+            rho = _rho(k_tile, n - first, eps, D, ACC)[None, :]
+            ds = _probabilities(scores * rho, lse_tile) * (dp * rho - dot_tile) * rho
         else:
-            ds = _probabilities(scores, lse_tile) * (dp - dot_tile) * scale
+            ds = _probabilities(scores, lse_tile) * (dp - dot_tile)
+        ds = ds * several * scale
         acc += _dot(ds.to(k_tile.dtype), k_tile, ACC)
     _store(dq + (item.to(tl.int64) * HEADS + head) * rows * D, acc, block, rows, D, D, M, C)
 
@@ -314,8 +328,9 @@ def gradient_kv(
     k_tile = _load(k + start, 0, n, HEADS * D, D, N, C)
     v_tile = k_tile if NORM else _load(v + start, 0, n, HEADS * D, D, N, C)
     if NORM:
-        rho = 1 / _rms(k_tile, eps, D, ACC)
+        rho = _rho(k_tile, n, eps, D, ACC)
         along = tl.zeros([N], ACC)
+    several = _several(tok_start, seg, ACC)
     k_acc = tl.zeros([N, C], ACC)
     v_acc = tl.zeros([N, C], ACC)
     for block in range(0, rows, M):
@@ -330,7 +345,7 @@ def gradient_kv(
             scores *= rho[None, :]
             dp *= rho[None, :]
         p = _probabilities(scores * scale, lse_tile)
-        ds = p * (dp - dot_tile) * scale
+        ds = p * (dp - dot_tile) * several * scale
         k_acc += _dot(tl.trans(ds.to(q_tile.dtype)), q_tile, ACC)
         if NORM:
             k_acc += _dot(tl.trans(p.to(do_tile.dtype)), do_tile, ACC)

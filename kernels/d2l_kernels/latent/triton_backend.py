@@ -7,13 +7,16 @@ from torch import Tensor
 from .. import triton_support as ts
 from ..cross import triton_backend as attention
 
-WIDEST = 512
+# of how many columns a tile of x fits, by the bytes of a number
+WIDEST = {2: 512, 4: 256}
 
 
 def why_not(*args: Tensor) -> str | None:
     """Say what keeps the kernels from running on these tensors; the width that counts is x's."""
-    if len(args) > 1 and args[1].shape[-1] > WIDEST:
-        return f"x of width {args[1].shape[-1]} is wider than {WIDEST}"
+    for x in args[1:2]:
+        widest = WIDEST[min(x.element_size(), 4)]
+        if x.shape[-1] > widest:
+            return f"x of width {x.shape[-1]} is wider than {widest} in {x.dtype}"
     return ts.why_not(*args)
 
 
