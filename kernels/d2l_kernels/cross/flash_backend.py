@@ -1,7 +1,7 @@
 """`cross_attention` by flash-attention's function for sequences of unequal length.
 
-Nothing is masked, so the rows of a KV head are queries like any others: they go in packed, and K and
-V are read once for the query heads that share them.
+Nothing is masked, so the rows of a KV head are queries like any others: they go in packed, and K
+and V are read once for the query heads that share them.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 import torch
-from flash_attn import flash_attn_varlen_func
+from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 WIDEST = 256
@@ -51,10 +51,10 @@ def backward(
 
     The library promises no more than one differentiable function, so its forward runs again here.
     """
-    leaves = [t.detach().requires_grad_() for t in (_packed(q, lengths), k, v)]
+    rows, k, v = (t.detach().requires_grad_() for t in (_packed(q, lengths), k, v))
     with torch.enable_grad():
-        found = _attend(*leaves, lengths, scale)
-    dq, dk, dv = torch.autograd.grad(found, leaves, _packed(d_out, lengths))
+        found = _attend(rows, k, v, lengths, scale)
+    dq, dk, dv = torch.autograd.grad(found, (rows, k, v), _packed(d_out, lengths))
     dq = _unpacked(dq, q, lengths)
     # the score of a lone token has no gradient, not even a rounding error
     for i, (start, n) in enumerate(zip(accumulate(lengths, initial=0), lengths, strict=False)):

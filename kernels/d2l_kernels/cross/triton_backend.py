@@ -2,8 +2,8 @@
 
 A program owns a block of rows and a piece of one segment's tokens (values, dq), or a tile of tokens
 (dk, dv).  What the pieces of a segment found is combined in their order, so nothing is atomic and
-two runs agree bit for bit.  With ``NORM`` there is one tensor x: keys and values are ``x / rms(x)``,
-but products read a tile of x itself, and each token's ``1 / rms`` joins its scores and weights.
+two runs agree bit for bit.  With ``NORM`` there is one tensor x, and keys and values are both
+``x / rms(x)``: products read a tile of x itself, each token's ``1 / rms`` joins its scores.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,8 @@ from torch import Tensor
 from .. import triton_support as ts
 
 WIDEST = 256
+# shared memory that tiles wider than 128 need: sm_80 and sm_90 have it, sm_86 and sm_89 have not
+SHARED = 160 << 10
 # programs that keep a large GPU busy; fewer than that share the tokens of a segment
 PROGRAMS, SHORTEST_PIECE = 264, 256
 
@@ -47,9 +49,17 @@ TILES = {
 
 def why_not(*args: Tensor) -> str | None:
     """Say what keeps the kernels from running on these tensors."""
-    if args and args[0].shape[-1] > WIDEST:
-        return f"heads of {args[0].shape[-1]} are wider than {WIDEST}"
-    return ts.why_not(*args)
+    return ts.why_not(*args) or (too_wide(args[0], WIDEST) if args else None)
+
+
+def too_wide(t: Tensor, widest: int) -> str | None:
+    """Say whether a row of ``t`` is too wide for a tile, on its GPU as well."""
+    if t.is_cuda:
+        gpu = torch.cuda.get_device_properties(t.device)
+        widest = widest if gpu.shared_memory_per_multiprocessor >= SHARED else min(widest, 128)
+    if t.shape[-1] > widest:
+        return f"rows of {t.shape[-1]} {t.dtype} are wider than {widest}"
+    return None
 
 
 def forward(
@@ -60,14 +70,16 @@ def forward(
     pieces, of_segment, size = _cut(q, lengths, tiles)
     out, lse = torch.empty_like(q), _wide(q, *q.shape[:-1])
     whole = size >= max(lengths, default=0) and all(lengths)
-    found = (out, lse) if whole else tuple(_wide(q, len(pieces), *t.shape[1:]) for t in (out, lse))
+    found, found_lse = out, lse
+    if not whole:
+        found, found_lse = (_wide(q, len(pieces), *t.shape[1:]) for t in (out, lse))
     ts.launch(
-        attend, _grid(q, pieces, tiles), q, k.contiguous(), v.contiguous(), *found, pieces,
-        ts.offsets(lengths, q.device), size, q.shape[2], scale, eps or 0.0,
+        attend, _grid(q, pieces, tiles), q, k.contiguous(), v.contiguous(), found, found_lse,
+        pieces, ts.offsets(lengths, q.device), size, q.shape[2], scale, eps or 0.0,
         **fixed, **tiles._asdict(),
     )  # fmt: skip
     if not whole:
-        _combine(*found, out, lse, of_segment, softmax=True)
+        _combine(found, found_lse, out, lse, of_segment, softmax=True)
     return out, lse
 
 

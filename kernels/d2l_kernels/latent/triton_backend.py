@@ -14,9 +14,8 @@ WIDEST = {2: 512, 4: 256}
 def why_not(*args: Tensor) -> str | None:
     """Say what keeps the kernels from running on these tensors; the width that counts is x's."""
     for x in args[1:2]:
-        widest = WIDEST[min(x.element_size(), 4)]
-        if x.shape[-1] > widest:
-            return f"x of width {x.shape[-1]} is wider than {widest} in {x.dtype}"
+        if reason := attention.too_wide(x, WIDEST[min(x.element_size(), 4)]):
+            return reason
     return ts.why_not(*args)
 
 
