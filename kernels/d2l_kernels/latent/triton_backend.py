@@ -8,7 +8,7 @@ from .. import triton_support as ts
 from ..cross import triton_backend as attention
 
 # of how many columns a tile of x fits, by the bytes of a number
-WIDEST = {2: 512, 4: 256}
+WIDEST = {2: 512, 4: 128}
 
 
 def why_not(*args: Tensor) -> str | None:
