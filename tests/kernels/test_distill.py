@@ -40,6 +40,20 @@ def test_a_whole_distribution_is_the_kl_plus_its_entropy():
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
+def test_top_k_is_the_kl_to_the_scattered_probabilities_plus_their_entropy(softcap):
+    """The KL divergence of unnormalised p: ``sum p log p - sum p log softmax(z)``."""
+    hidden, head = inputs()
+    teacher = (torch.randn(ROWS, 3, dtype=torch.float64) - 1).log_softmax(1) - 0.3
+    index = torch.rand(ROWS, VOCAB).argsort(1)[:, :3]
+    z = hidden @ head.T
+    z = softcap * (z / softcap).tanh() if softcap else z
+    scattered = torch.zeros_like(z).scatter_(1, index, teacher.exp())
+    kl = F.kl_div(z.log_softmax(1), scattered, reduction="none").sum(1)
+    loss, _ = topk_distill(hidden, head, teacher, index, softcap)
+    torch.testing.assert_close(loss, kl - (teacher.exp() * teacher).sum(1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
 def test_top_k_is_not_renormalised(softcap):
     hidden, head = inputs()
     teacher = torch.tensor([[-0.5, -1.5, -4.0]] * ROWS, dtype=torch.float64)

@@ -6,67 +6,15 @@ What the interpreter cannot show: races, and bfloat16, whose arithmetic in it is
 """
 
 import os
-from contextlib import contextmanager
-from functools import wraps
 
 import pytest
 import torch
-from d2l_kernels import topk_distill, triton_support, use_backend
+from bands import banded_launches
+from d2l_kernels import topk_distill, use_backend
 from d2l_kernels.dispatch import load
 from kernel_cases import OPS, RAGGED, WIDE, WIDE_LENGTHS, case, run
 
 assert os.environ["TRITON_INTERPRET"] == "1"
-BAND = 4096
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-REFUSED = 1 << 20
-
-
-class Banded:
-    """A copy of a tensor between two bands that must not be read or written.
-
-    Each element of a band is a NaN of its own, since NaN written over NaN would not show.
-    """
-
-    def __init__(self, tensor):
-        extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        size = BAND + (extent if tensor.numel() else 0) + BAND
-        self.bits = torch.arange(size, dtype=BITS[tensor.itemsize]) % 100 + 1
-        if tensor.is_floating_point():
-            self.bits |= torch.full((1,), torch.nan, dtype=tensor.dtype).view(self.bits.dtype)
-        else:
-            self.bits += REFUSED
-        self.original = tensor
-        self.view = self.bits.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), BAND)
-        self.view.copy_(tensor)
-        self.before = self.bits.clone()
-
-    def put_back(self, kernel):
-        outside = (self.bits != self.before)[[*range(BAND), *range(-BAND, 0)]]
-        shape = tuple(self.view.shape)
-        assert not outside.any(), f"{kernel.__name__} wrote outside a tensor of {shape}"
-        if not torch.equal(self.bits, self.before):
-            self.original.copy_(self.view)
-
-
-@contextmanager
-def banded_launches():
-    """Wrap `triton_support.launch`; yields the names of the kernels that were launched."""
-    launch, seen = triton_support.launch, []
-
-    @wraps(launch)
-    def banded(kernel, grid, *args, **options):
-        copies = [Banded(a) if isinstance(a, torch.Tensor) else a for a in args]
-        launch(kernel, grid, *(c.view if isinstance(c, Banded) else c for c in copies), **options)
-        for copy in copies:
-            if isinstance(copy, Banded):
-                copy.put_back(kernel)
-        seen.append(kernel.__name__)
-
-    triton_support.launch = banded
-    try:
-        yield seen
-    finally:
-        triton_support.launch = launch
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +90,25 @@ def test_topk_distill_counts_a_target_that_is_named_twice():
         both.append((loss, *torch.autograd.grad(loss.sum(), hidden)))
         assert best.tolist() == [0, 1, 2]
     torch.testing.assert_close(*both)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_topk_distill_of_one_target_is_ligers_fused_cross_entropy(backend, softcap):
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    g = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 24, generator=g) for n in (7, 300))
+    labels = torch.randint(300, (7,), generator=g)
+    hidden.requires_grad_()
+    # positional: bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction
+    options = (None, None, -100, 0.0, 0.0, "sum", softcap)
+    theirs = LigerFusedLinearCrossEntropyFunction.apply(hidden, head, labels, *options)[0]
+    with use_backend(backend):
+        loss, _ = topk_distill(hidden, head, torch.zeros(7, 1), labels[:, None], softcap)
+    (found,), (expected,) = (torch.autograd.grad(t, hidden) for t in (loss.sum(), theirs))
+    torch.testing.assert_close(loss.sum(), theirs, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_segmented_lora_shows_that_bands_and_poison_are_seen():

@@ -62,10 +62,10 @@ def distill(lengths, g, make, softcap=None, vocab=17, k=4):
     head = make(vocab, 6)
 
     def fn(hidden):
-        loss, _ = topk_distill(
-            hidden, head.to(hidden), logprob, order, softcap, weight.to(hidden.device)
-        )
-        return loss
+        here = (t.to(hidden.device) for t in (logprob, order, weight))
+        teacher_logprob, teacher_idx, weights = here
+        args = (hidden, head.to(hidden), teacher_logprob, teacher_idx, softcap, weights)
+        return topk_distill(*args)[0]
 
     return Case([make(n, 6)], fn)
 

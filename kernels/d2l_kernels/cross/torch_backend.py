@@ -25,13 +25,13 @@ def forward(
     ``q`` is (seg, kv_head, row, d), ``k`` and ``v`` (tok, kv_head, d).  An empty segment gives 0
     and -inf.
     """
-    out, lse = torch.empty_like(q), _statistics(q)
-    for seg, tok, shape in _blocks(q, lengths):
+    out, lse = torch.empty_like(q), statistics(q)
+    for seg, tok, shape in blocks(q, lengths):
         kk, vv = _heads_first(k[tok], shape), _heads_first(v[tok], shape)
         if not shape[1]:
             out[seg], lse[seg] = 0, -torch.inf
             continue
-        p = _scores(q[seg], kk, scale)
+        p = scores(q[seg], kk, scale)
         top = p.amax(-1, keepdim=True)
         total = p.sub_(top).exp_().sum(-1, keepdim=True)
         out[seg] = p.div_(total).to(v.dtype) @ vv
@@ -55,11 +55,11 @@ def backward(
     stored ones are rounded differently, which is lost where scores or ``dP`` are large.
     """
     dq, dk, dv = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
-    for seg, tok, shape in _blocks(q, lengths):
+    for seg, tok, shape in blocks(q, lengths):
         if not shape[1]:
             continue
         kk, vv, do = _heads_first(k[tok], shape), _heads_first(v[tok], shape), d_out[seg]
-        p = _scores(q[seg], kk, scale).softmax(-1)
+        p = scores(q[seg], kk, scale).softmax(-1)
         dp = (do @ vv.mT).to(p.dtype)
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale).to(q.dtype)
         dq[seg] = ds @ kk
@@ -68,13 +68,14 @@ def backward(
     return dq, dk, dv
 
 
-def _statistics(q: Tensor) -> Tensor:
+def statistics(q: Tensor) -> Tensor:
+    """Make room for a number of each row, in at least float32."""
     return q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    scores = q @ k.mT
-    return scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
+def scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Return ``scale q k^T`` in at least float32."""
+    return (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
 
 
 def _heads_first(t: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -85,7 +86,7 @@ def _tokens_first(t: Tensor) -> Tensor:
     return t.transpose(1, 2).flatten(0, 1)
 
 
-def _blocks(q: Tensor, lengths: Sequence[int]) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
+def blocks(q: Tensor, lengths: Sequence[int]) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
     """Yield segments of equal length side by side: their slice, their tokens', (seg, tok) counts.
 
     A block's scores stay within ``BLOCK_MIB``, one segment at least.

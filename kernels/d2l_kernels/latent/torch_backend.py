@@ -1,11 +1,14 @@
-"""`latent_attention`'s core: attention whose keys and values are both ``x / rms(x)``."""
+"""`latent_attention`'s core: attention whose keys and values are both ``x / rms(x)``.
+
+The normed tokens exist for one block of segments at a time, while they are in the cache.
+"""
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from ..cross import torch_backend as attention
+from ..cross.torch_backend import blocks, scores, statistics
 
 
 def why_not(*args: object) -> str | None:
@@ -17,9 +20,18 @@ def forward(
     q: Tensor, x: Tensor, lengths: Sequence[int], eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return ``softmax(scale q n^T) n`` of (seg, row, d_latent) and the log-sum-exp of each row."""
-    n = _normed(x, eps)
-    out, lse = attention.forward(q[:, None], n, n, lengths, scale)
-    return out[:, 0], lse[:, 0]
+    out, lse = torch.empty_like(q), statistics(q)
+    for seg, tok, shape in blocks(q[:, None], lengths):
+        if not shape[1]:
+            out[seg], lse[seg] = 0, -torch.inf
+            continue
+        n = _normed(x[tok], eps)[0].to(x.dtype).unflatten(0, shape)
+        p = scores(q[seg], n, scale)
+        top = p.amax(-1, keepdim=True)
+        total = p.sub_(top).exp_().sum(-1, keepdim=True)
+        torch.bmm(p.div_(total).to(n.dtype), n, out=out[seg])
+        lse[seg] = (top + total.log())[..., 0]
+    return out, lse
 
 
 def backward(
@@ -32,16 +44,26 @@ def backward(
     eps: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of q and x: ``dx = rho (dn - n mean(dn n))``."""
-    n = _normed(x, eps)
-    per_head = (t[:, None] for t in (d_out, q, out, lse))
-    d_out, q, out, lse = per_head
-    dq, dk, dv = attention.backward(d_out, q, n, n, out, lse, lengths, scale)
-    dn, n = dk.add_(dv)[:, 0], n[:, 0]
-    rho = (x.to(lse.dtype).square().mean(-1, keepdim=True) + eps).rsqrt()
-    mean = (dn * n).to(lse.dtype).mean(-1, keepdim=True)
-    return dq[:, 0], (rho * (dn - n * mean)).to(x.dtype)
+    """Return gradients of q and x; ``dn = dS^T q + P^T dO``, ``dx = rho (dn - n mean(dn n))``."""
+    dq, dx = torch.zeros_like(q), torch.empty_like(x)
+    for seg, tok, shape in blocks(q[:, None], lengths):
+        if not shape[1]:
+            continue
+        exact, rho = _normed(x[tok], eps)
+        n = exact.to(x.dtype).unflatten(0, shape)
+        p = scores(q[seg], n, scale).softmax(-1)
+        dp = (d_out[seg] @ n.mT).to(p.dtype)
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale).to(q.dtype)
+        torch.bmm(ds, n, out=dq[seg])
+        both = torch.cat((ds, p.to(q.dtype)), 1), torch.cat((q[seg], d_out[seg]), 1)
+        dn = (both[0].mT @ both[1]).flatten(0, 1).to(p.dtype)
+        mean = (dn * exact).mean(-1, keepdim=True)
+        dx[tok] = torch.addcmul(dn, exact, mean, value=-1).mul_(rho)
+    return dq, dx
 
 
-def _normed(x: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, (x.shape[1],), eps=eps)[:, None]
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return ``n = x rho`` and ``rho`` in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    rho = (x.square().mean(-1, keepdim=True) + eps).rsqrt_()
+    return x * rho, rho
