@@ -18,12 +18,12 @@ from types import MappingProxyType, ModuleType
 import torch
 from torch import Tensor
 
-PREFERENCE = ("triton", "torch")
+PREFERENCE = ("flash", "triton", "torch")
 OPS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
     {
         "segmented_lora": ("lora", ("triton", "torch", "reference")),
-        "cross_attention": ("cross", ("torch", "reference")),
-        "latent_attention": ("latent", ("torch", "reference")),
+        "cross_attention": ("cross", ("flash", "triton", "torch", "reference")),
+        "latent_attention": ("latent", ("triton", "torch", "reference")),
         "topk_distill": ("distill", ("triton", "torch", "reference")),
     }
 )

@@ -13,7 +13,11 @@ from d2l_kernels.dispatch import OPS, load
 ahead = pytest.importorskip("ahead", reason="triton is not installed")
 
 # products whose tile has fewer than the 64 rows of a warp group's instruction stay with HMMA
-NARROW = {"outer": {"BLOCK_R": 16}}
+NARROW = {
+    "outer": {"BLOCK_R": 16},
+    "gradient_q": {"M": 32},
+    "gradient_kv": {"N": 32},
+}
 
 
 def lora(backend, make):
@@ -37,7 +41,32 @@ def distill(backend, make):
             backend.forward(hidden, head, logprob, idx, softcap, need_grad)
 
 
-SIZES = {"segmented_lora": lora, "topk_distill": distill}
+PIECES, WHOLE = (4000, 1), (200,) * 3
+
+
+def cross(backend, make):
+    """Heads of every width in the table, in pieces; and one between, each segment whole."""
+    for d_head, lengths in ((64, PIECES), (128, PIECES), (256, PIECES), (80, WHOLE)):
+        q, k = make(len(lengths), 4, 32, d_head), make(sum(lengths), 4, d_head)
+        out, lse = backend.forward(q, k, k, lengths, 0.1)
+        backend.backward(q, q, k, k, out, lse, lengths, 0.1)
+
+
+def latent(backend, make):
+    """Contexts of every width in the table, in pieces; and one between, each segment whole."""
+    for d_latent, lengths in (*((2**i, PIECES) for i in range(6, 10)), (320, WHOLE)):
+        q, x = make(len(lengths), 128, d_latent), make(sum(lengths), d_latent)
+        if backend.why_not(q, x) is None:
+            out, lse = backend.forward(q, x, lengths, 1e-6, 0.1)
+            backend.backward(q, q, x, out, lse, lengths, 1e-6, 0.1)
+
+
+SIZES = {
+    "segmented_lora": lora,
+    "cross_attention": cross,
+    "latent_attention": latent,
+    "topk_distill": distill,
+}
 
 
 @cache

@@ -38,17 +38,18 @@ def lora(lengths, g, make, ranks=(3, 0, 2, 5), d_in=6, d_out=5):
     return Case(tensors, lambda x, A, B: segmented_lora(x, A, B, tok, rank, 1.7))
 
 
-def cross(lengths, g, make):
+def cross(lengths, g, make, n_latents=3, d_head=8):
     tok = Segments(lengths)
-    tensors = [make(len(lengths), 3, 4, 8), make(tok.total, 2, 8), make(tok.total, 2, 8)]
+    tensors = [make(len(lengths), n_latents, 4, d_head)]
+    tensors += [make(tok.total, 2, d_head), make(tok.total, 2, d_head)]
     return Case(tensors, lambda q, k, v: cross_attention(q, k, v, tok))
 
 
-def latent(lengths, g, make, n_latents=3):
+def latent(lengths, g, make, n_latents=3, d_latent=12):
     tok = Segments(lengths)
     tensors = [
-        make(len(lengths), n_latents, 4, 8), make(tok.total, 12), make(12) + 1, make(16, 12),
-        make(16, 12),
+        make(len(lengths), n_latents, 4, 8), make(tok.total, d_latent), make(d_latent) + 1,
+        make(16, d_latent), make(16, d_latent),
     ]  # fmt: skip
     return Case(tensors, lambda *t: latent_attention(*t, tok, 1e-5))
 
@@ -81,9 +82,16 @@ OPS = {
 # more than one tile every way, and no whole number of them, with the lengths to run each at
 WIDE = {
     "segmented_lora, wide": partial(lora, ranks=(70, 0, 9, 33), d_in=1030, d_out=70),
+    "cross_attention, wide": partial(cross, n_latents=37, d_head=40),
+    "latent_attention, wide": partial(latent, n_latents=19, d_latent=70),
     "topk_distill, wide": partial(distill, softcap=2.0, vocab=4300, k=37),
 }
-WIDE_LENGTHS = {"segmented_lora, wide": (67, 0, 1, 3), "topk_distill, wide": (4, 0, 3)}
+WIDE_LENGTHS = {
+    "segmented_lora, wide": (67, 0, 1, 3),
+    "cross_attention, wide": (600, 0, 1, 70),
+    "latent_attention, wide": (600, 0, 1, 70),
+    "topk_distill, wide": (4, 0, 3),
+}
 
 
 def case(op, lengths, dtype=torch.float64, seed=0):
