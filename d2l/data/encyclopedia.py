@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from .encyclopedia_questions import Draft, Entity, Interviewer, choose
-from .lexicon import Attribute, Form, Forms, Lexicon, Rule, Split
+from .lexicon import Attribute, Form, Forms, Lexicon, Rule
 from .lexicon_closed import CLOSED
 from .lexicon_open import OPEN
 from .record import Fact, Record
@@ -48,12 +47,12 @@ class EncyclopediaGenerator:
 
     def __init__(
         self,
-        split: Split = "train",
+        split: str = "train",
         *,
-        vocabulary: Literal["open", "closed"] = "open",
+        vocabulary: str = "open",
         values: Sequence[str] = GROUPS,
-        words: Literal["seen", "heldout", "all"] = "seen",
-        forms: Split | None = None,
+        words: str = "seen",
+        forms: str | None = None,
         distractors: float = 0.25,
         pronouns: float | None = None,
     ) -> None:
@@ -65,7 +64,7 @@ class EncyclopediaGenerator:
         if not 0.0 <= distractors < 1.0:
             raise ValueError(f"distractors is a share from 0 to below 1, got {distractors}")
         self.split, self.vocabulary, self.words = split, vocabulary, words
-        self.forms: Split = forms or split
+        self.forms: str = forms or split
         self.distractors = distractors
         self.pronouns = (0.25 if vocabulary == "open" else 0.0) if pronouns is None else pronouns
         self.lexicon: Lexicon = LEXICONS[vocabulary]

@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from .lexicon import Attribute, Form, Lexicon, Rule, Split
+from .lexicon import Attribute, Form, Lexicon, Rule
 from .record import Question
 
 
@@ -53,8 +53,8 @@ class Interviewer:
 
     lexicon: Lexicon
     attributes: Mapping[str, tuple[Attribute, ...]]
-    split: Split
-    forms: Split
+    split: str
+    forms: str
 
     def _question_forms(self, what: Attribute) -> list[Form]:
         frames = self.lexicon.question_frames.of(self.forms)

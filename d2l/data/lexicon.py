@@ -13,12 +13,11 @@ held-out documents only.  Frames serve every attribute through its noun ``{n}``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
-Split = Literal["train", "test"]
 _TEST_SHARE = 4
 _HELDOUT_EVERY = 6
 
@@ -48,7 +47,7 @@ class Forms:
         forms = tuple(Form(f"{name}{i}", text) for i, text in enumerate(texts))
         return cls(forms[: len(known)], forms[len(known) :])
 
-    def of(self, split: Split) -> tuple[Form, ...]:
+    def of(self, split: str) -> tuple[Form, ...]:
         """Return the forms of a split."""
         return self.train if split == "train" else self.test
 
@@ -95,7 +94,7 @@ class Lexicon:
     values: Mapping[str, tuple[str, ...]]
     phrases: Mapping[str, tuple[str, str, str]]
     people: Mapping[str, tuple[str, ...]]
-    name: Callable[[random.Random, str, Split], str]
+    name: Callable[[random.Random, str, str], str]
     unknown: tuple[str, ...]
 
     def group(self, kind: str) -> str:
@@ -106,7 +105,7 @@ class Lexicon:
             return "phrases"
         return "numbers" if kind.startswith("number") else "names"
 
-    def draw(self, rng: random.Random, kind: str, split: Split, words: str) -> str:
+    def draw(self, rng: random.Random, kind: str, split: str, words: str) -> str:
         """Draw a value.  ``words`` is ``seen``, ``heldout`` or ``all`` of the word lists."""
         if kind in self.values:
             return pick(rng, seen_words(self.values[kind], words))
@@ -153,16 +152,19 @@ def parse_words(table: str) -> dict[str, tuple[str, ...]]:
     return {name.strip(): tuple(w.strip() for w in rest.split(",")) for name, _, rest in lines}
 
 
-def seen_words(listed: Sequence[str], which: str) -> Sequence[str]:
-    """Return ``all`` of a list, every sixth of it (``heldout``), or the others (``seen``)."""
+@functools.cache
+def seen_words(listed: tuple[str, ...], which: str) -> tuple[str, ...]:
+    """Return ``all`` of a list, the sixth of it that a hash chooses (``heldout``), or the others.
+
+    The hash is the word's alone, so a word is held out of every list that it stands in.
+    """
     if which == "all":
         return listed
-    if which == "heldout":
-        return listed[::_HELDOUT_EVERY]
-    return [word for i, word in enumerate(listed) if i % _HELDOUT_EVERY]
+    held_out = which == "heldout"
+    return tuple(w for w in listed if (zlib.crc32(w.encode()) % _HELDOUT_EVERY == 0) == held_out)
 
 
-def belongs(text: str, split: Split) -> bool:
+def belongs(text: str, split: str) -> bool:
     """Tell whether a name is one of ``split``: a quarter of all names, by hash, are for test."""
     return (zlib.crc32(text.encode()) % _TEST_SHARE == 0) == (split == "test")
 

@@ -12,7 +12,6 @@ import re
 from .lexicon import (
     Forms,
     Lexicon,
-    Split,
     belongs,
     parse_attributes,
     parse_rules,
@@ -131,7 +130,7 @@ artefact.glow: metal
 _VALUES = parse_words("""
 color: red, blue, green, yellow, white, black, brown, grey, pink, purple, orange, golden
 animal: dog, cat, horse, goat, fox, wolf, bear, hare, deer, swan, crow, snake, lion, tiger, mouse, hen
-food: bread, honey, cheese, rice, soup, fish, butter, cake, jam, beans, pie, corn
+food: bread, honey, cheese, rice, soup, fish, butter, cake, jam, beans, pie, bacon
 metal: iron, copper, silver, bronze, tin, steel, glass, clay, wood, wax, marble, leather
 craft: baker, tailor, painter, doctor, teacher, farmer, miller, hunter, sailor, soldier, writer, singer, dancer, weaver, judge, clerk
 music: piano, flute, drum, trumpet, guitar, harp, bell, horn, fiddle, lute, whistle, gong
@@ -152,7 +151,7 @@ _LAST = (
 ).split()
 
 
-def compose_name(rng: random.Random, kind: str, split: Split) -> str:
+def compose_name(rng: random.Random, kind: str, split: str) -> str:
     """Draw a combination of two words that belongs to ``split``, whatever it names."""
     while True:
         name = f"{pick(rng, _FIRST)} {pick(rng, _LAST)}"

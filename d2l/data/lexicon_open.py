@@ -7,7 +7,6 @@ import random
 from .lexicon import (
     Forms,
     Lexicon,
-    Split,
     belongs,
     parse_attributes,
     parse_rules,
@@ -323,7 +322,7 @@ _NAMES = {
 }
 
 
-def compose_word(rng: random.Random, ends: str, split: Split) -> str:
+def compose_word(rng: random.Random, ends: str, split: str) -> str:
     """Draw a capitalised word of two to four syllables that belongs to ``split``."""
     while True:
         syllables = 1 + (rng.random() < 0.4)
@@ -333,7 +332,7 @@ def compose_word(rng: random.Random, ends: str, split: Split) -> str:
             return word.capitalize()
 
 
-def compose_name(rng: random.Random, kind: str, split: Split) -> str:
+def compose_name(rng: random.Random, kind: str, split: str) -> str:
     """Draw the name of an entity; every invented word in it belongs to ``split``."""
     if kind == "person":
         return f"{compose_word(rng, 'given', split)} {compose_word(rng, 'family', split)}"
