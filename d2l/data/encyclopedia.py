@@ -34,8 +34,9 @@ class EncyclopediaGenerator:
     ``words`` (mostly one token), ``phrases`` of two or three words, ``numbers``, invented
     ``names``.  ``words`` is ``seen``, or ``heldout`` for the sixth of each word list that training
     never uses, or ``all``.  ``forms`` asks for the sentences and questions of another split than
-    the names.  ``distractors`` is the share of a document's facts that concern other entities than
-    its first; ``pronouns`` how often a sentence says *it* after one about the same entity.
+    the names, or of ``all``.  ``distractors`` is the share of a document's facts that concern other
+    entities than its first; ``pronouns`` how often a sentence says *it* after one about the same
+    entity.
 
     >>> generator = EncyclopediaGenerator("test", distractors=0.0)
     >>> record = generator.sample(random.Random(0), n_facts=1, n_questions=1)
@@ -60,7 +61,7 @@ class EncyclopediaGenerator:
         _check_among("vocabulary", (vocabulary,), tuple(LEXICONS))
         _check_among("values", values, GROUPS)
         _check_among("words", (words,), ("seen", "heldout", "all"))
-        _check_among("forms", (forms or split,), ("train", "test"))
+        _check_among("forms", (forms or split,), ("train", "test", "all"))
         if not 0.0 <= distractors < 1.0:
             raise ValueError(f"distractors is a share from 0 to below 1, got {distractors}")
         self.split, self.vocabulary, self.words = split, vocabulary, words

@@ -142,7 +142,7 @@ class Interviewer:
                 yield Question(text, _accepted(answer), "numeric", (i, j), form.name)
 
     def _situational(self, draft: Draft) -> Iterator[Question]:
-        rng, people = draft.rng, self.lexicon.people[self.forms]
+        rng, people = draft.rng, self.lexicon.people[self.split]
         rules = [
             (i, entity, what, value)
             for i, (entity, what, value) in enumerate(draft.stated)

@@ -48,8 +48,8 @@ class Forms:
         return cls(forms[: len(known)], forms[len(known) :])
 
     def of(self, split: str) -> tuple[Form, ...]:
-        """Return the forms of a split."""
-        return self.train if split == "train" else self.test
+        """Return the forms of a split, or ``all``."""
+        return {"train": self.train, "test": self.test, "all": self.train + self.test}[split]
 
 
 @dataclasses.dataclass(frozen=True)
