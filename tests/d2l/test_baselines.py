@@ -1,13 +1,15 @@
 """Every alternative on the tiny needle base: what it puts where, meters, and refuses."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import doc_to_lora
 
 from d2l import baselines
-from d2l.baselines import DistillConfig, Setting
+from d2l.baselines import DistillConfig, Setting, prompted
 from d2l.baselines.distilled import fresh_lora
 from d2l.baselines.prompted import cut_middle, select_surprising, sentence_chunks
 from d2l.checkpoint import load_model
@@ -187,11 +189,31 @@ def test_a_fresh_lora_changes_nothing(setting):
 
 
 def test_llmlingua_is_missed_clearly(setting, sample, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "llmlingua", None)
+    prompted._llmlingua2.cache_clear()
     with pytest.raises(ImportError, match="selective_context"):
         baselines.compressed(0.5, "llmlingua2")(setting, sample.document, [sample.question])
+
+
+def test_llmlingua_is_asked_for_a_rate_and_its_loading_is_not_timed(setting, sample, monkeypatch):
+    """A stand-in with the package's interface that keeps the head of the text."""
+    seen = []
+
+    class PromptCompressor:
+        def __init__(self, model, use_llmlingua2, device_map):
+            seen.append((model, use_llmlingua2, device_map))
+
+        def compress_prompt(self, context, rate, force_tokens):
+            words = context[0].split()
+            return {"compressed_prompt": " ".join(words[: round(rate * len(words))])}
+
+    fake = SimpleNamespace(PromptCompressor=PromptCompressor)
+    monkeypatch.setitem(sys.modules, "llmlingua", fake)
+    prompted._llmlingua2.cache_clear()
+    (reply,) = baselines.compressed(0.5, "llmlingua2")(setting, sample.document, [sample.question])
+    prompted._llmlingua2.cache_clear()
+    assert seen == [(prompted.LLMLINGUA2, True, "cpu")]
+    assert 0.4 < reply.context_ratio < 0.6
 
 
 def test_bad_settings_are_refused(setting, sample):
