@@ -351,7 +351,7 @@ OPEN = Lexicon(
     ),
     question_frames=Forms.parse(
         "{who} is the {n} of {e}? | {who} is {e}'s {n}? | Tell me the {n} of {e}. | "
-        "Name the {n} of {e}. || Do you know the {n} of {e}? | State {e}'s {n}.",
+        "Name the {n} of {e}. || Which {n} does {e} have? | State {e}'s {n}.",
         "frame/q",
     ),
     numeric=_NUMERIC,
