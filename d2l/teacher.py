@@ -38,6 +38,7 @@ class Teacher(Protocol):
 
     def reply(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, k: int) -> list[Taught]:
         """Reply greedily to templated prompts, in their order."""
+        ...
 
 
 class HfTeacher:
@@ -94,7 +95,7 @@ class VllmTeacher:
 
     def __init__(self, model: str, *, max_k: int = 20, **options: Any) -> None:
         try:
-            from vllm import LLM
+            from vllm import LLM  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(
                 "vLLM is not installed: pip install 'd2l-core[serve]' on a machine with a GPU, or "
@@ -106,7 +107,7 @@ class VllmTeacher:
 
     def reply(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, k: int) -> list[Taught]:
         """Reply greedily; vLLM schedules the batches."""
-        from vllm import SamplingParams
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         wanted = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, logprobs=k or None)
         asked = [{"prompt_token_ids": list(p)} for p in prompts]

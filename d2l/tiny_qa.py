@@ -75,8 +75,8 @@ class QaTask:
             text = question.text if ids or not document else f"{record.document}\n\n{question.text}"
             turn = render_chat(self.tokenizer, text)
             ids += turn[3:] if ids else turn
-            answer = question.answers[0] if known else "unknown"
-            reply = self.tokenizer(answer, add_special_tokens=False).input_ids
+            said = question.answers[0] if known else "unknown"
+            reply = self.tokenizer(said, add_special_tokens=False).input_ids
             spans.append((len(ids), len(ids) + len(reply) + 1))
             ids += [*reply, self.tokenizer.eos_token_id]
         return ids, spans

@@ -34,15 +34,19 @@ class Task(Protocol):
 
     def build(self, seed: int) -> Any:
         """Return the untrained model."""
+        ...
 
     def rows(self, rng: random.Random, level: float, n_rows: int) -> list[Row]:
         """Draw a batch at a level of the curriculum from 0 to 1."""
+        ...
 
     def measure(self, model: Any) -> dict[str, Any]:
         """Measure the trained model on held-out documents."""
+        ...
 
     def card(self, model: Any, measured: dict[str, Any]) -> str:
         """Describe the trained model in Markdown."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

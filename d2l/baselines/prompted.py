@@ -181,7 +181,7 @@ def sentence_chunks(base: LanguageModel, document: str, chunk_tok: int) -> list[
 def _llmlingua2(device: str) -> Any:
     """Load LLMLingua-2 and return ``compress(document, rate)``."""
     try:
-        from llmlingua import PromptCompressor
+        from llmlingua import PromptCompressor  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             "LLMLingua-2 needs its package: pip install 'd2l-core[compress]', or compress by "

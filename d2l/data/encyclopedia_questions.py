@@ -101,12 +101,12 @@ class Interviewer:
         ]
         rng.shuffle(asked)
         for turn in itertools.count():
-            open_ = [(*rest, forms[turn]) for *rest, forms in asked if turn < len(forms)]
-            if not open_:
+            left = [row for row in asked if turn < len(row[-1])]
+            if not left:
                 return
-            for i, entity, what, value, form in open_:
-                text = self.text(form, what, entity.name)
-                yield Question(text, _accepted(value), "recall", (i,), form.name)
+            for i, entity, what, value, forms in left:
+                text = self.text(forms[turn], what, entity.name)
+                yield Question(text, _accepted(value), "recall", (i,), forms[turn].name)
 
     def _numeric(self, draft: Draft) -> Iterator[Question]:
         rng, numeric = draft.rng, self.lexicon.numeric

@@ -185,8 +185,10 @@ def pick(rng: random.Random, options: Sequence[str]) -> str:
 
 
 def _blocks(table: str) -> list[tuple[str, str, str]]:
-    blocks = [tuple(block.strip().splitlines()) for block in table.strip().split("\n\n")]
-    for block in blocks:
-        if len(block) != 3:
-            raise ValueError(f"a block of the table has {len(block)} lines, not 3: {block[:1]}")
-    return blocks  # type: ignore[return-value]
+    blocks = []
+    for block in table.strip().split("\n\n"):
+        lines = block.strip().splitlines()
+        if len(lines) != 3:
+            raise ValueError(f"a block of the table has {len(lines)} lines, not 3: {lines[:1]}")
+        blocks.append((lines[0], lines[1], lines[2]))
+    return blocks

@@ -174,7 +174,7 @@ def _from_hub(name: str, known: PublicSet, split: str) -> Iterator[Asked]:
     if name in _LONGBENCH:
         return known.parse(_longbench(name, known.hub))
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             f"{name} comes from the hub through the package datasets: pip install 'd2l-core[hub]', "

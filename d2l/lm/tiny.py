@@ -87,6 +87,10 @@ def build_config(tokenizer: PreTrainedTokenizerFast, width: int, n_layers: int) 
     The usual initial spread of 0.02 is too small for such widths: retrieval then takes three times
     as many steps to appear.
     """
+    special = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for name, token in (("pad", "<pad>"), ("bos", "<s>"), ("eos", "<end>"))
+    }
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -97,9 +101,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, width: int, n_layers: int) 
         max_position_embeddings=WINDOW_TOK,
         initializer_range=0.06,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **special,
     )
 
 
