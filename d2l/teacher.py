@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .lm.base import LanguageModel
+from .lm.base import KNOWN_BASES, LanguageModel, load_base
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,19 @@ class VllmTeacher:
             idx = tuple(tuple(token for token, _ in row) for row in rows)
             replies.append(Taught(tuple(out.token_ids), logprob, idx, out.finish_reason == "stop"))
         return replies
+
+
+def load_teacher(name: str, **options: Any) -> Teacher:
+    """Return vLLM's engine where it is installed and there is a GPU, else a base with `HfTeacher`.
+
+    ``options`` go to vLLM alone.  A base of ours by name (`d2l.lm.base.KNOWN_BASES`) is never given
+    to vLLM.  Raises what `d2l.lm.base.load_base` raises.
+    """
+    served = torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None
+    if served and name not in KNOWN_BASES:
+        return VllmTeacher(name, **options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return HfTeacher(load_base(name, device=device))
 
 
 class _TopK:

@@ -9,7 +9,7 @@ import torch
 
 from d2l.data.needle import NeedleGenerator
 from d2l.lm.base import load_base, render_chat
-from d2l.teacher import HfTeacher, Taught, VllmTeacher, check_finite
+from d2l.teacher import HfTeacher, Taught, VllmTeacher, check_finite, load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,14 @@ def test_vllm_is_asked_for_by_name_or_missed_clearly(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match="HfTeacher"):
         VllmTeacher("org/model")
+
+
+def test_a_teacher_is_loaded_by_name():
+    teacher = load_teacher("tiny", gpu_memory_utilization=0.5)
+    assert isinstance(teacher, HfTeacher)
+    assert teacher.identity.startswith("tiny ")
+    with pytest.raises(ValueError, match="unknown base"):
+        load_teacher("nothing")
 
 
 def test_vllm_replies_are_read(monkeypatch):
