@@ -130,22 +130,11 @@ def import_(
 ) -> None:
     """Turn a published checkpoint into a folder of ours; nothing in its pickle is run."""
     with console(stderr=True).status(f"Reading {source}"):
-        from ..checkpoint import save_hypernet
-        from ..pretrained import find
+        from ..pretrained import import_released
 
-        found = find(source)
-        if isinstance(found, Path):
-            raise ValueError(f"{found} is in our format already; use it with --model {found}")
         name = source.strip("/").removesuffix("/pytorch_model.bin").rsplit("/", 1)[-1]
         folder = out or cache_dir() / "models" / name.removesuffix(".bin")
-        save_hypernet(
-            folder,
-            found.hypernet,
-            found.chunk,
-            base_name=found.base_name,
-            base_fingerprint=found.base_fingerprint,
-            metadata=found.metadata,
-        )
+        found = import_released(source, folder)
     if as_json:
         common.print_json({"folder": folder, "base": found.base_name})
         return

@@ -28,7 +28,8 @@ from d2l.lm.hooks import applied, decoder_of, instrument
 from d2l.lora import ChunkLora, route_packed, route_rows
 from d2l.losses import average, lora_l1, shift
 from d2l.model import DocToLoRA, target_shapes
-from d2l.published import convert, import_published, shapes, to_published
+from d2l.pretrained import import_released
+from d2l.published import convert, shapes, to_published
 from d2l.train import Objective, TrainConfig
 
 GOLDEN = os.environ.get("D2L_GOLDEN_DIR")
@@ -373,7 +374,8 @@ def self_consistent(setting: Setting) -> None:
 @torch.no_grad()
 def test_a_released_checkpoint_becomes_a_working_model(tmp_path):
     setting = Setting("a")
-    folder = import_published(golden("checkpoint_ab/pytorch_model.bin"), tmp_path / "imported")
+    folder = tmp_path / "imported"
+    import_released(golden("checkpoint_ab/pytorch_model.bin"), folder)
     model = load_model(folder, setting.base, strict=True)
     assert model.config == setting.config
     loras = model.hypernet.compose(model.encode([c.tolist() for c in setting.chunks]), [1, 1])
