@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import SavedHypernet, save_hypernet
+from .checkpoint import SavedHypernet
 from .chunking import PUBLISHED_CHUNK_PROBS
 from .config import ChunkConfig, HypernetConfig, from_dict
 from .hypernet import Hypernet, TargetShapes
@@ -107,24 +107,6 @@ def read_published(path: str | Path) -> Published:
         converted = dataclasses.replace(converted, encoder=encoder)
     quantized = bool(args.get("quantize_ctx_encoder"))
     return Published(converted, shapes(config), _width(config), state, str(base_name), quantized)
-
-
-def import_published(source: str | Path, folder: str | Path) -> Path:
-    """Convert a released checkpoint to a folder that `load_model` reads; return the folder.
-
-    What the file leaves open is filled in as `Published.saved` says.
-    """
-    saved = read_published(source).saved(Path(source).name)
-    save_hypernet(
-        folder,
-        saved.hypernet,
-        saved.chunk,
-        base_name=saved.base_name,
-        base_fingerprint=None,
-        metadata=saved.metadata,
-        trained_chunks=saved.trained_chunks,
-    )
-    return Path(folder)
 
 
 def convert(

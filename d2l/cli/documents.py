@@ -130,7 +130,6 @@ def import_(
 ) -> None:
     """Turn a published checkpoint into a folder of ours; nothing in its pickle is run."""
     with console(stderr=True).status(f"Reading {source}"):
-        from ..checkpoint import save_hypernet
         from ..pretrained import find
 
         found = find(source)
@@ -138,14 +137,7 @@ def import_(
             raise ValueError(f"{found} is in our format already; use it with --model {found}")
         name = source.strip("/").removesuffix("/pytorch_model.bin").rsplit("/", 1)[-1]
         folder = out or cache_dir() / "models" / name.removesuffix(".bin")
-        save_hypernet(
-            folder,
-            found.hypernet,
-            found.chunk,
-            base_name=found.base_name,
-            base_fingerprint=found.base_fingerprint,
-            metadata=found.metadata,
-        )
+        found.save(folder)
     if as_json:
         common.print_json({"folder": folder, "base": found.base_name})
         return
