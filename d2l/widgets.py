@@ -88,6 +88,7 @@ class DocumentChat(w.VBox):
                 shown.append(answer)
                 self.answers.value = side_by_side(shown).value
             self._find_source(question, shown[0].text)
+            self.status.value = f"Answered with strength {self.strength.value:g}."
         finally:
             self.ask.disabled = False
 

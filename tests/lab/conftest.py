@@ -107,7 +107,7 @@ class Page:
         self.name = name
         pages, address = lab
         self.tab = browser.new_page(viewport={"width": 1400, "height": 1100})
-        self.tab.goto(address.format(name), timeout=60_000)
+        self.tab.goto(address.format(name), timeout=180_000)
         self.tab.keyboard.press("Control+b")
         self.code = self.tab.locator(".jp-Notebook .jp-CodeCell")
         n_cells = [c["cell_type"] for c in json.loads((pages / name).read_text())["cells"]].count(
@@ -115,9 +115,9 @@ class Page:
         )
         self.tab.wait_for_function(
             f"document.querySelectorAll('.jp-Notebook .jp-CodeCell').length == {n_cells}",
-            timeout=60_000,
+            timeout=180_000,
         )
-        self.tab.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
+        self.tab.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=180_000)
 
     def run_all(self, timeout_s):
         """Run every cell from the menu; fail on an error in a cell."""

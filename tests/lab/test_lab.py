@@ -43,13 +43,14 @@ def read(page):
     expect(page.tab.get_by_text("The adapter has")).to_be_visible(timeout=LIMIT_S * 1000)
 
 
-def ask(page, question):
+def ask(page, question, strength="1"):
     field = page.tab.get_by_placeholder("Ask about the document")
     field.fill("")
     field.press_sequentially(question)
     page.tab.get_by_role("button", name="Ask").click()
+    done = page.tab.get_by_text(f"Answered with strength {strength}.")
+    expect(done).to_be_visible(timeout=LIMIT_S * 1000)
     columns = page.tab.locator(".widget-html b")
-    expect(columns.nth(2)).to_have_text("in context", timeout=LIMIT_S * 1000)
     return {
         b.inner_text(): b.locator("xpath=following-sibling::div[1]").inner_text()
         for b in columns.all()[:3]
@@ -68,7 +69,7 @@ def test_chat_reads_answers_and_shows_the_source(chat):
     assert list(answers) == ["D2L", "base", "in context"]
     assert answers["D2L"] == "7314"
     assert answers["base"] != "7314"
-    expect(chat.tab.get_by_text("moved the answer most")).to_be_visible(timeout=LIMIT_S * 1000)
+    expect(chat.tab.get_by_text("moved the answer most")).to_be_visible()
     assert chat.tab.locator("mark").inner_text() == "7314"
     opacities = [
         float(r.get_attribute("fill-opacity")) for r in strips.nth(1).locator("rect").all()
@@ -93,7 +94,7 @@ def test_chat_takes_an_uploaded_book_and_silences_it(chat):
     slider.focus()
     slider.press("Home")
     expect(chat.tab.locator(".widget-readout")).to_have_text("0.00")
-    answers = ask(chat, QUESTION)
+    answers = ask(chat, QUESTION, strength="0")
     assert answers["D2L"] == answers["base"]
 
 
