@@ -144,6 +144,12 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_dims(**tensors: tuple[Tensor, int]) -> None:
+    """Raise ValueError unless every tensor has its number of dimensions."""
+    for name, (t, n) in tensors.items():
+        require(t.ndim == n, f"{name} must have {n} dimensions, got the shape {tuple(t.shape)}")
+
+
 def require_alike(**tensors: Tensor) -> None:
     """Raise ValueError unless all tensors are floating point, of one dtype and on one device."""
     (name, first), *rest = tensors.items()

@@ -7,7 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..dispatch import autocast, choose, forced, require, require_alike, without_autocast
+from ..dispatch import (
+    autocast,
+    choose,
+    forced,
+    require,
+    require_alike,
+    require_dims,
+    without_autocast,
+)
 from ..segments import Segments
 from . import reference
 
@@ -33,6 +41,7 @@ def cross_attention(
     >>> cross_attention(q, kv, kv, Segments((5,))).shape
     torch.Size([1, 2, 4, 3])
     """
+    require_dims(q=(q, 4), k=(k, 3), v=(v, 3))
     n_seg, _, n_heads, d_head = q.shape
     n_tok, n_kv, _ = k.shape
     require(n_kv > 0 and n_heads % n_kv == 0, f"{n_heads} query heads do not divide by {n_kv} KV")

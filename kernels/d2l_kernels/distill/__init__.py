@@ -4,7 +4,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..dispatch import autocast, choose, forced, require, require_alike, without_autocast
+from ..dispatch import (
+    autocast,
+    choose,
+    forced,
+    require,
+    require_alike,
+    require_dims,
+    without_autocast,
+)
 from . import reference
 
 OP = "topk_distill"
@@ -35,6 +43,7 @@ def topk_distill(
     >>> loss, best
     (tensor([0.3133, 0.3133]), tensor([0, 1]))
     """
+    require_dims(hidden=(hidden, 2), head=(head, 2), teacher_logprob=(teacher_logprob, 2))
     vocab, d_model = head.shape
     require(hidden.shape[1] == d_model, f"head has width {d_model}, hidden {hidden.shape[1]}")
     require(
@@ -49,7 +58,13 @@ def topk_distill(
         require(t is None or not t.requires_grad, f"{name} must not require a gradient: detach it")
     hidden, head = autocast(hidden, head.to(hidden.dtype))
     require_alike(hidden=hidden, head=head)
-    require(teacher_idx.device == hidden.device, f"teacher_idx is on {teacher_idx.device}")
+    require(not teacher_idx.is_floating_point(), f"teacher_idx is {teacher_idx.dtype}, not integer")
+    require(
+        weight is None or weight.shape == (len(hidden),),
+        f"weight must have one number for each of {len(hidden)} tokens",
+    )
+    for name, t in (("teacher_idx", teacher_idx), ("teacher_logprob", teacher_logprob)):
+        require(t.device == hidden.device, f"{name} is on {t.device}, hidden on {hidden.device}")
     backend, teacher_idx = forced(OP), teacher_idx.long()
     if backend == "reference":
         loss, best = reference.forward(hidden, head, teacher_logprob, teacher_idx, softcap)

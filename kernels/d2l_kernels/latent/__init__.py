@@ -10,7 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..dispatch import autocast, choose, forced, require, require_alike, without_autocast
+from ..dispatch import (
+    autocast,
+    choose,
+    forced,
+    require,
+    require_alike,
+    require_dims,
+    without_autocast,
+)
 from ..segments import Segments
 from . import reference
 
@@ -43,6 +51,7 @@ def latent_attention(
     ... )[0, 0, 0]
     tensor([4.0000, 4.0000, 4.0000])
     """  # fmt: skip
+    require_dims(q=(q, 4), x=(x, 2), norm_weight=(norm_weight, 1), W_k=(W_k, 2), W_v=(W_v, 2))
     n_seg, n_latents, n_heads, d_head = q.shape
     n_kv, rest = divmod(W_k.shape[0], d_head)
     require(

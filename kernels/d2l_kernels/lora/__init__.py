@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..dispatch import autocast, choose, forced, require, without_autocast
+from ..dispatch import autocast, choose, forced, require, require_dims, without_autocast
 from ..segments import Segments
 from . import reference
 
 OP = "segmented_lora"
+MOST_RANK = 1 << 14
 
 
 def segmented_lora(
@@ -28,12 +29,16 @@ def segmented_lora(
     Differentiable in x, A and B, deterministically.
     Cost: ``2 * sum_i tok_i * rank_i * (d_in + d_out)`` floating-point operations forward.
 
-    Raises ValueError when shapes, dtypes, devices or segments disagree.
+    Raises ValueError when shapes, dtypes, devices or segments disagree, or a rank exceeds
+    ``MOST_RANK``, which no adapter has.
 
     >>> x, A, B = torch.ones(3, 2), torch.ones(2, 2), torch.ones(2, 4)
     >>> segmented_lora(x, A, B, Segments((2, 1)), Segments((2, 0))).sum(1)
     tensor([16., 16.,  0.])
     """
+    require_dims(x=(x, 2), A=(A, 2), B=(B, 2))
+    highest = max(rank.lengths, default=0)
+    require(highest <= MOST_RANK, f"rank holds {highest}, at most {MOST_RANK} is allowed")
     require(len(tok) == len(rank), f"tok has {len(tok)} segments but rank has {len(rank)}")
     require(tok.total == x.shape[0], f"tok covers {tok.total} tokens but x has {x.shape[0]}")
     require(
