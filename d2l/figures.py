@@ -133,8 +133,12 @@ def draw_kernels(errors: pd.DataFrame, speed: pd.DataFrame) -> PaperFigure:
         ours = speed[speed["form"] == "ours"]
         sizes = list(dict.fromkeys(zip(ours["op"], ours["size"], strict=True)))
         for direction, offset in (("forward", -0.2), ("forward+backward", 0.2)):
-            rows = ours[ours["direction"] == direction].set_index(["op", "size"])
-            values = [float(rows.loc[[size], "speedup"].iloc[-1]) for size in sizes]
+            found = {
+                (row["op"], row["size"]): row["speedup"]
+                for _, row in ours.iterrows()
+                if row["direction"] == direction
+            }
+            values = [found[size] for size in sizes]
             at = [i + offset for i in range(len(sizes))]
             right.barh(at, values, 0.4, label=direction, color=_COLOURS[int(offset > 0)])
         right.axvline(1, color="black", linewidth=0.8)

@@ -108,7 +108,7 @@ def _cases(seed: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
             [make(2, 8, 4, 32), make(200, 2, 32), make(200, 2, 32)],
         ),
         "latent_attention": (
-            lambda *t: latent_attention(*t, tok),
+            lambda q, x, norm, W_k, W_v: latent_attention(q, x, norm, W_k, W_v, tok),
             [make(2, 4, 4, 32), make(200, 64), make(64), make(64, 64) / 8, make(64, 64) / 8],
         ),
         "topk_distill": (

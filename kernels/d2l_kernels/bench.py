@@ -69,12 +69,8 @@ def cross_tasks(device: torch.device) -> Iterator[Task]:
     """Yield sizes of `cross_attention` at the published widths: 16 heads and 4 KV heads of 128."""
     for latents, lengths in ((8, (512,) * 4), (8, _ragged(9114, 16)), (208, _ragged(9114, 16))):
         segments = Segments(lengths)
-        q, k, v = _leaves(
-            device,
-            (len(lengths), latents, 16, 128),
-            (segments.total, 4, 128),
-            (segments.total, 4, 128),
-        )
+        kv = (segments.total, 4, 128)
+        q, k, v = _leaves(device, (len(lengths), latents, 16, 128), kv, kv)
         ours = partial(cross_attention, q, k, v, segments)
         forms: dict[str, Form] = {
             "ours": ours,
@@ -275,14 +271,7 @@ def _repeated_heads(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -
 
 
 def _projected(
-    q: Tensor,
-    x: Tensor,
-    norm: Tensor,
-    W_k: Tensor,
-    W_v: Tensor,
-    segments: Segments,
-    *,
-    repeat: bool,
+    q: Tensor, x: Tensor, norm: Tensor, W_k: Tensor, W_v: Tensor, segments: Segments, repeat: bool
 ) -> Tensor:
     normed = F.rms_norm(x, (x.shape[1],), norm, 1e-6)
     k, v = ((normed @ W.mT).unflatten(1, (-1, q.shape[3])) for W in (W_k, W_v))

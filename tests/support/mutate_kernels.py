@@ -37,7 +37,7 @@ FAULTS = {
          "off by one in offsets"),
         ("lengths[last] == n and", "lengths[last] >= n and", "unequal segments in one block"),
         ("p.div_(total)", "p.div_(total + 1e-3)", "softmax not normalised"),
-        ("scores.to(torch.promote_types(q.dtype, torch.float32))", "scores",
+        ("(q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))", "(q @ k.mT)",
          "softmax in low precision"),
         ("out[seg], lse[seg] = 0, -torch.inf", "lse[seg] = -torch.inf",
          "empty segment not cleared"),
@@ -69,7 +69,8 @@ FAULTS = {
     "distill/triton_backend.py": [
         ("z = softcap * tl.where(s < 0.01, near, far)", "z = z + 0 * near", "softcap missing"),
         ("slope = 4 * e / ((1 + e) * (1 + e))", "slope = slope + 0 * e", "slope missing"),
-        ("z = tl.where(at < vocab, z, float(\"-inf\"))", "z = z + 0", "columns past the vocabulary"),
+        ("z = tl.where(at < vocab, z, float(\"-inf\"))", "z = z + 0",
+         "columns past the vocabulary"),
         ("total = total * tl.exp(top - new) +", "total = total +", "sum not rescaled"),
         ("loss + row, mass * (top", "loss + row, (top", "teacher's mass taken as 1"),
         ("tl.store(z_row + at_j, dz.to(logits.dtype.element_ty), j < k)", "pass",
@@ -78,8 +79,8 @@ FAULTS = {
         ("start + here.to(tl.int64)", "here.to(tl.int64)", "argmax within its block"),
     ],
     "cross/triton_backend.py": [
-        ("scores = _dot(q_tile, tl.trans(k_tile), ACC) * scale", "scores = _dot(q_tile, tl.trans(k_tile), ACC)",
-         "scale dropped"),
+        ("scores = _dot(q_tile, tl.trans(k_tile), ACC) * scale",
+         "scores = _dot(q_tile, tl.trans(k_tile), ACC)", "scale dropped"),
         ("total = total * shrink + tl.sum(", "total = total + tl.sum(", "sum not rescaled"),
         ("acc = acc * shrink[:, None] + tile * weight[:, None]",
          "acc = acc * shrink[:, None] + tile", "pieces not weighted"),
@@ -92,7 +93,7 @@ FAULTS = {
          "one row written too many"),
     ],
     "latent/__init__.py": [
-        ("(W_k * norm_weight)", "W_k", "norm weight lost from the keys"),
+        ("(W_k.to(wide) * norm_weight)", "W_k.to(wide)", "norm weight lost from the keys"),
         ("(W_v * norm_weight)", "W_v", "norm weight lost from the values"),
         ("1 / math.sqrt(d_head)", "1 / math.sqrt(x.shape[1])", "scale of the wrong width"),
     ],

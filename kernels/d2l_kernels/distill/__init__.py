@@ -4,15 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..dispatch import (
-    autocast,
-    choose,
-    forced,
-    require,
-    require_alike,
-    require_dims,
-    without_autocast,
-)
+from ..dispatch import autocast, choose, forced, require, require_alike, without_autocast
 from . import reference
 
 OP = "topk_distill"
@@ -43,7 +35,11 @@ def topk_distill(
     >>> loss, best
     (tensor([0.3133, 0.3133]), tensor([0, 1]))
     """
-    require_dims(hidden=(hidden, 2), head=(head, 2), teacher_logprob=(teacher_logprob, 2))
+    for name, t in (("head", head), ("teacher_logprob", teacher_logprob), ("weight", weight)):
+        require(t is None or not t.requires_grad, f"{name} must not require a gradient: detach it")
+    hidden, head = autocast(hidden, head.to(hidden.dtype))
+    require_alike(hidden=(hidden, 2), head=(head, 2))
+    require(teacher_idx.ndim == 2, f"teacher_idx has the shape {tuple(teacher_idx.shape)}, not 2-D")
     vocab, d_model = head.shape
     require(hidden.shape[1] == d_model, f"head has width {d_model}, hidden {hidden.shape[1]}")
     require(
@@ -54,10 +50,6 @@ def topk_distill(
     k = teacher_idx.shape[1]
     require(k <= vocab, f"teacher_idx has k = {k}, which exceeds the vocabulary of {vocab}")
     require(softcap is None or softcap > 0, f"softcap must be positive, got {softcap}")
-    for name, t in (("head", head), ("teacher_logprob", teacher_logprob), ("weight", weight)):
-        require(t is None or not t.requires_grad, f"{name} must not require a gradient: detach it")
-    hidden, head = autocast(hidden, head.to(hidden.dtype))
-    require_alike(hidden=hidden, head=head)
     require(not teacher_idx.is_floating_point(), f"teacher_idx is {teacher_idx.dtype}, not integer")
     require(
         weight is None or weight.shape == (len(hidden),),
