@@ -135,7 +135,7 @@ def draw_kernels(errors: pd.DataFrame, speed: pd.DataFrame) -> PaperFigure:
         for direction, offset in (("forward", -0.2), ("forward+backward", 0.2)):
             found = {
                 (row["op"], row["size"]): row["speedup"]
-                for _, row in ours.iterrows()
+                for row in ours.to_dict("records")
                 if row["direction"] == direction
             }
             values = [found[size] for size in sizes]

@@ -11,7 +11,6 @@ import datetime
 import gc
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -157,7 +156,7 @@ def measure(task: Task, repeats: int) -> Iterator[dict[str, object]]:
             for form, fn in work.items():
                 if sum(times[form]) < MOST_S:
                     times[form].append(_seconds(fn, task.tensors[0].device))
-        base = statistics.median(times["reference"])
+        base = _quantile(times["reference"], 0.5)
         for form, seconds in times.items():
             p20, p50, p80 = (_quantile(seconds, q) for q in (0.2, 0.5, 0.8))
             yield {
