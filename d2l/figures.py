@@ -112,6 +112,43 @@ def draw_fig2(
     return figure
 
 
+def draw_kernels(errors: pd.DataFrame, speed: pd.DataFrame) -> PaperFigure:
+    """Draw each op's error by dtype (left) and its speed over the written form by size (right)."""
+    with _look():
+        figure = PaperFigure(figsize=(7.2, 3.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
+        ops = list(dict.fromkeys(errors["op"]))
+        dtypes = list(dict.fromkeys(errors["dtype"]))
+        for op, colour in zip(ops, _COLOURS, strict=False):
+            for form, marker in (("torch", "o"), ("reference", "x")):
+                rows = errors[(errors["op"] == op) & (errors["form"] == form)]
+                at = [dtypes.index(dtype) + 0.15 * (ops.index(op) - 1.5) for dtype in rows["dtype"]]
+                label = op if form == "torch" else None
+                left.scatter(at, rows["error"], color=colour, marker=marker, s=22, label=label)
+        left.set(yscale="log", ylabel="relative error from float64", xticks=range(len(dtypes)))
+        left.set_xticklabels(dtypes)
+        left.legend(title="ours o, written form x", frameon=True)
+
+        ours = speed[speed["form"] == "ours"]
+        sizes = list(dict.fromkeys(zip(ours["op"], ours["size"], strict=True)))
+        for direction, offset in (("forward", -0.2), ("forward+backward", 0.2)):
+            found = {
+                (row["op"], row["size"]): row["speedup"]
+                for row in ours.to_dict("records")
+                if row["direction"] == direction
+            }
+            values = [found[size] for size in sizes]
+            at = [i + offset for i in range(len(sizes))]
+            right.barh(at, values, 0.4, label=direction, color=_COLOURS[int(offset > 0)])
+        right.axvline(1, color="black", linewidth=0.8)
+        right.set(xscale="log", xlabel="times as fast as the written form")
+        right.set_yticks(range(len(sizes)), [f"{op}\n{size}" for op, size in sizes], fontsize=5.5)
+        right.invert_yaxis()
+        right.legend()
+    return figure
+
+
 def save_figure(figure: Figure, folder: Path, name: str = "figure") -> tuple[Path, Path]:
     """Write `name`.svg and `name`.png into `folder` atomically; the same figure, the same bytes."""
     with _look():

@@ -144,11 +144,15 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_alike(**tensors: Tensor) -> None:
-    """Raise ValueError unless all tensors are floating point, of one dtype and on one device."""
-    (name, first), *rest = tensors.items()
+def require_alike(**tensors: tuple[Tensor, int]) -> None:
+    """Raise ValueError unless all tensors are floating point, of one dtype and on one device.
+
+    Each comes with the number of its dimensions, which is checked as well.
+    """
+    (name, (first, _)), *_ = tensors.items()
     require(first.is_floating_point(), f"{name} must be floating point, got {first.dtype}")
-    for other, t in rest:
+    for other, (t, n) in tensors.items():
+        require(t.ndim == n, f"{other} must have {n} dimensions, got the shape {tuple(t.shape)}")
         require(t.dtype == first.dtype, f"{other} is {t.dtype} but {name} is {first.dtype}")
         require(t.device == first.device, f"{other} is on {t.device}, {name} on {first.device}")
 

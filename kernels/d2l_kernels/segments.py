@@ -5,10 +5,10 @@ Ops take a `Segments` instead of finding boundaries on the device, so none of th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,28 @@ class Segments:
         """Build from any iterable of integers."""
         return cls(tuple(int(n) for n in lengths))
 
+    @classmethod
+    def from_offsets(cls, offsets: Iterable[int]) -> Segments:
+        """Build from the start of each segment and the end of the last.
+
+        Raises ValueError unless they start at 0 and never fall: segments in order, none
+        overlapping another.
+
+        >>> Segments.from_offsets([0, 3, 3, 5]).lengths
+        (3, 0, 2)
+        """
+        starts = [int(n) for n in offsets]
+        if starts[:1] != [0] or any(a > b for a, b in itertools.pairwise(starts)):
+            raise ValueError(f"offsets must start at 0 and never fall, got {starts}")
+        return cls(tuple(b - a for a, b in itertools.pairwise(starts)))
+
     def __len__(self) -> int:
         return len(self.lengths)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Start of each segment, and the total at the end."""
-        return (0, *accumulate(self.lengths))
+        return (0, *itertools.accumulate(self.lengths))
 
     @property
     def total(self) -> int:

@@ -33,6 +33,8 @@ def cross_attention(
     >>> cross_attention(q, kv, kv, Segments((5,))).shape
     torch.Size([1, 2, 4, 3])
     """
+    q, k, v = autocast(q, k, v)
+    require_alike(q=(q, 4), k=(k, 3), v=(v, 3))
     n_seg, _, n_heads, d_head = q.shape
     n_tok, n_kv, _ = k.shape
     require(n_kv > 0 and n_heads % n_kv == 0, f"{n_heads} query heads do not divide by {n_kv} KV")
@@ -42,8 +44,6 @@ def cross_attention(
         f"segments describe {len(segments)} x {segments.total} tokens, "
         f"q has {n_seg} segments and k {n_tok} tokens",
     )
-    q, k, v = autocast(q, k, v)
-    require_alike(q=q, k=k, v=v)
     group = n_heads // n_kv
     rows = q.unflatten(2, (n_kv, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     scale = 1 / math.sqrt(d_head) if scale is None else float(scale)

@@ -35,6 +35,11 @@ def topk_distill(
     >>> loss, best
     (tensor([0.3133, 0.3133]), tensor([0, 1]))
     """
+    for name, t in (("head", head), ("teacher_logprob", teacher_logprob), ("weight", weight)):
+        require(t is None or not t.requires_grad, f"{name} must not require a gradient: detach it")
+    hidden, head = autocast(hidden, head.to(hidden.dtype))
+    require_alike(hidden=(hidden, 2), head=(head, 2))
+    require(teacher_idx.ndim == 2, f"teacher_idx has the shape {tuple(teacher_idx.shape)}, not 2-D")
     vocab, d_model = head.shape
     require(hidden.shape[1] == d_model, f"head has width {d_model}, hidden {hidden.shape[1]}")
     require(
@@ -45,11 +50,13 @@ def topk_distill(
     k = teacher_idx.shape[1]
     require(k <= vocab, f"teacher_idx has k = {k}, which exceeds the vocabulary of {vocab}")
     require(softcap is None or softcap > 0, f"softcap must be positive, got {softcap}")
-    for name, t in (("head", head), ("teacher_logprob", teacher_logprob), ("weight", weight)):
-        require(t is None or not t.requires_grad, f"{name} must not require a gradient: detach it")
-    hidden, head = autocast(hidden, head.to(hidden.dtype))
-    require_alike(hidden=hidden, head=head)
-    require(teacher_idx.device == hidden.device, f"teacher_idx is on {teacher_idx.device}")
+    require(not teacher_idx.is_floating_point(), f"teacher_idx is {teacher_idx.dtype}, not integer")
+    require(
+        weight is None or weight.shape == (len(hidden),),
+        f"weight must have one number for each of {len(hidden)} tokens",
+    )
+    for name, t in (("teacher_idx", teacher_idx), ("teacher_logprob", teacher_logprob)):
+        require(t.device == hidden.device, f"{name} is on {t.device}, hidden on {hidden.device}")
     backend, teacher_idx = forced(OP), teacher_idx.long()
     if backend == "reference":
         loss, best = reference.forward(hidden, head, teacher_logprob, teacher_idx, softcap)

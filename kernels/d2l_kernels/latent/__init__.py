@@ -43,6 +43,8 @@ def latent_attention(
     ... )[0, 0, 0]
     tensor([4.0000, 4.0000, 4.0000])
     """  # fmt: skip
+    q, x, norm_weight, W_k, W_v = autocast(q, x, norm_weight, W_k, W_v)
+    require_alike(q=(q, 4), x=(x, 2), norm_weight=(norm_weight, 1), W_k=(W_k, 2), W_v=(W_v, 2))
     n_seg, n_latents, n_heads, d_head = q.shape
     n_kv, rest = divmod(W_k.shape[0], d_head)
     require(
@@ -59,8 +61,6 @@ def latent_attention(
         f"segments describe {len(segments)} x {segments.total} tokens, "
         f"q has {n_seg} segments and x {x.shape[0]} tokens",
     )
-    q, x, norm_weight, W_k, W_v = autocast(q, x, norm_weight, W_k, W_v)
-    require_alike(q=q, x=x, norm_weight=norm_weight, W_k=W_k, W_v=W_v)
     backend = forced(OP)
     if backend == "reference" or not absorbs(n_latents, n_heads, n_kv, d_head, x.shape[1]):
         return reference.forward(q, x, norm_weight, W_k, W_v, segments, eps)

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..dispatch import autocast, choose, forced, require, without_autocast
+from ..dispatch import autocast, choose, forced, require, require_alike, without_autocast
 from ..segments import Segments
 from . import reference
 
 OP = "segmented_lora"
+MOST_RANK = 1 << 14
 
 
 def segmented_lora(
@@ -28,12 +29,20 @@ def segmented_lora(
     Differentiable in x, A and B, deterministically.
     Cost: ``2 * sum_i tok_i * rank_i * (d_in + d_out)`` floating-point operations forward.
 
-    Raises ValueError when shapes, dtypes, devices or segments disagree.
+    Raises ValueError when shapes, dtypes, devices or segments disagree, or a rank exceeds
+    ``MOST_RANK``, which no adapter has.
 
     >>> x, A, B = torch.ones(3, 2), torch.ones(2, 2), torch.ones(2, 4)
     >>> segmented_lora(x, A, B, Segments((2, 1)), Segments((2, 0))).sum(1)
     tensor([16., 16.,  0.])
     """
+    A, B = autocast(A, B)
+    require_alike(A=(A, 2), B=(B, 2))
+    require(x.ndim == 2, f"x must have 2 dimensions, got the shape {tuple(x.shape)}")
+    require(x.is_floating_point(), f"x must be floating point, got {x.dtype}")
+    require(x.device == A.device, f"x is on {x.device}, A on {A.device}")
+    highest = max(rank.lengths, default=0)
+    require(highest <= MOST_RANK, f"rank holds {highest}, at most {MOST_RANK} is allowed")
     require(len(tok) == len(rank), f"tok has {len(tok)} segments but rank has {len(rank)}")
     require(tok.total == x.shape[0], f"tok covers {tok.total} tokens but x has {x.shape[0]}")
     require(
@@ -41,16 +50,6 @@ def segmented_lora(
         f"rank covers {rank.total} rows, A has {A.shape[0]}, B has {B.shape[0]}",
     )
     require(x.shape[1] == A.shape[1], f"A has width {A.shape[1]} but x has {x.shape[1]}")
-    require(A.dtype == B.dtype, f"B is {B.dtype} but A is {A.dtype}")
-    require(
-        x.is_floating_point() and A.is_floating_point(),
-        f"x and A must be floating point, got {x.dtype} and {A.dtype}",
-    )
-    require(
-        x.device == A.device == B.device,
-        f"x, A and B are on {x.device}, {A.device} and {B.device}: they must share a device",
-    )
-    A, B = autocast(A, B)
     backend = forced(OP)
     if backend == "reference":
         y = reference.forward(x.to(A.dtype), A, B, tok.lengths, rank.lengths, scale)
