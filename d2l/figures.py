@@ -133,11 +133,8 @@ def draw_kernels(errors: pd.DataFrame, speed: pd.DataFrame) -> PaperFigure:
         ours = speed[speed["form"] == "ours"]
         sizes = list(dict.fromkeys(zip(ours["op"], ours["size"], strict=True)))
         for direction, offset in (("forward", -0.2), ("forward+backward", 0.2)):
-            found = {
-                (row["op"], row["size"]): row["speedup"]
-                for row in ours.to_dict("records")
-                if row["direction"] == direction
-            }
+            one = pd.DataFrame(ours[ours["direction"] == direction])
+            found = dict(zip(zip(one["op"], one["size"], strict=True), one["speedup"], strict=True))
             values = [found[size] for size in sizes]
             at = [i + offset for i in range(len(sizes))]
             right.barh(at, values, 0.4, label=direction, color=_COLOURS[int(offset > 0)])

@@ -36,7 +36,7 @@ FAULTS = {
         ("start = ends[first] - n", "start = max(0, ends[first] - n - 1)",
          "off by one in offsets"),
         ("lengths[last] == n and", "lengths[last] >= n and", "unequal segments in one block"),
-        ("p.div_(total)", "p.div_(total + 1e-3)", "softmax not normalised"),
+        ("p.to(v.dtype) @ vv", "(1.001 * p).to(v.dtype) @ vv", "softmax not normalised"),
         ("(q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))", "(q @ k.mT)",
          "softmax in low precision"),
         ("out[seg], lse[seg] = 0, -torch.inf", "lse[seg] = -torch.inf",

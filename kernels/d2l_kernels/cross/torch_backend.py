@@ -31,11 +31,10 @@ def forward(
         if not shape[1]:
             out[seg], lse[seg] = 0, -torch.inf
             continue
-        p = scores(q[seg], kk, scale)
-        top = p.amax(-1, keepdim=True)
-        total = p.sub_(top).exp_().sum(-1, keepdim=True)
-        out[seg] = p.div_(total).to(v.dtype) @ vv
-        lse[seg] = (top + total.log())[..., 0]
+        s = scores(q[seg], kk, scale)
+        p = s.softmax(-1)
+        out[seg] = p.to(v.dtype) @ vv
+        lse[seg] = s.amax(-1) - p.amax(-1).log()
     return out, lse
 
 
