@@ -69,7 +69,8 @@ def test_chat_reads_answers_and_shows_the_source(chat):
     assert list(answers) == ["D2L", "base", "in context"]
     assert answers["D2L"] == "7314"
     assert answers["base"] != "7314"
-    expect(chat.tab.get_by_text("moved the answer most")).to_be_visible()
+    found = chat.tab.locator(".widget-html b", has_text="moved the answer most")
+    expect(found).to_be_visible()
     assert chat.tab.locator("mark").inner_text() == "7314"
     opacities = [
         float(r.get_attribute("fill-opacity")) for r in strips.nth(1).locator("rect").all()
