@@ -37,7 +37,7 @@ EXPERIMENTS_ONLY = RESULTS | {
     "data.encyclopedia_questions", "data.lexicon", "data.lexicon_open", "data.lexicon_closed",
 }  # fmt: skip
 # what talks to people: a core that is read in an afternoon does without it, and it has a ceiling
-INTERFACES = {"cli", "widgets", "__main__"}
+INTERFACES = {"cli", "widgets", "__main__", "documents", "compare"}
 FLOORS = (
     {"config", "types", "lm", "home", "intervals", "documents", "qa_metrics", "meter"},
     {"hypernet", "perceiver", "lora", "chunking", "adapter", "export"},
@@ -71,7 +71,7 @@ CONFINED = {
 KERNELS_USE = {"d2l_kernels", "torch", "jaxtyping", "triton", "flash_attn"}
 
 EXPERIMENT = re.compile(r"d2l\.experiments\.((?:fig|tab)\w+)")
-MAX_MODULE, MAX_EXPERIMENT, MAX_CORE, MAX_KERNELS, MAX_INTERFACES = 400, 120, 3500, 2000, 800
+MAX_MODULE, MAX_EXPERIMENT, MAX_CORE, MAX_KERNELS, MAX_INTERFACES = 400, 120, 3500, 2000, 1050
 MAX_CELLS, MAX_CELL_LINES = 8, 60
 PAGES_USE = ("__init__", "experiments", "compare", "widgets")
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:root|work|farm|home/\w+|Users/\w+)/[\w.]")
