@@ -84,7 +84,7 @@ notebooks: _setup
     @{{ python }} -m d2l notebooks
 
 # Everything that guards the main branch
-ci: lint types notebooks test test-lab
+ci: lint types notebooks test
 
 _setup:
     #!/usr/bin/env bash

@@ -84,14 +84,16 @@ def query_cost(model: DocToLoRA, context_tok: int, *, repeats: int = 5) -> list[
     many = whole
     while len(many.chunks) < 32:
         many = many + model.internalize(document(context_tok))
-    answer = {"max_new_tokens": 32, "min_new_tokens": 32}
-    first = {"max_new_tokens": 1}
+    answer: dict[str, Any] = {"max_new_tokens": 32, "min_new_tokens": 32}
+    first: dict[str, Any] = {"max_new_tokens": 1}
     rows: list[dict[str, Any]] = []
 
     def compare(
         measure: str, against: str, n_chunks: int, ours: Work, theirs: Work, n: int
     ) -> None:
-        ours(), theirs() if n > 1 else None
+        ours()
+        if n > 1:
+            theirs()
         pairs = [(_seconds(model, theirs), _seconds(model, ours)) for _ in range(n)]
         base_s, seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
         found = {"measure": measure, "n_chunks": n_chunks, "seconds": seconds, "against": against}

@@ -113,6 +113,11 @@ class LoraBatch:
             B={m: fn(t) for m, t in self.B.items()},
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(t.nbytes for t in (*self.A.values(), *self.B.values()))
+
     def delta_W(self, doc: int, layer: int, module: str) -> Float[Tensor, "d_out d_in"]:
         """Return ``multiplier * B^T A``, what the adapter adds to that linear's weight."""
         one, row = self[doc], self.layers.index(layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -54,7 +54,7 @@ def internalize(
 @app.command(rich_help_panel=PANEL)
 def ask(
     documents: Sources = [],  # noqa: B006
-    question: Annotated[str, typer.Argument(help="What you want to know.")] = ...,
+    question: Annotated[str, typer.Argument(help="What you want to know.")] = cast(str, ...),
     model: ModelName = DEFAULT_MODEL,
     strength: Strength = 1.0,
     compare: Annotated[

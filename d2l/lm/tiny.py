@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
@@ -87,7 +88,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, width: int, n_layers: int) 
     The usual initial spread of 0.02 is too small for such widths: retrieval then takes three times
     as many steps to appear.
     """
-    special = {
+    special: dict[str, Any] = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
         for name, token in (("pad", "<pad>"), ("bos", "<s>"), ("eos", "<end>"))
     }

@@ -7,7 +7,7 @@ import torch
 
 from d2l.data.encyclopedia import KINDS, EncyclopediaGenerator
 from d2l.data.lexicon_closed import closed_words
-from d2l.lm.base import KNOWN_BASES, load_base, render_chat, tiny_dir
+from d2l.lm.base import load_base, render_chat
 from d2l.tiny_qa import QaTask
 from d2l.tiny_training import TinyTraining, exact, pad_rows, train_tiny
 
@@ -85,19 +85,3 @@ def test_training_reports_and_writes_a_card(tmp_path, monkeypatch):
     base = load_base(str(tmp_path / "qa"))
     assert base.tokenizer.get_vocab() == small.tokenizer.get_vocab()
     assert len(base.tokenizer) >= len(closed_words())
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    assert "tiny-qa" in KNOWN_BASES
-    if not tiny_dir("tiny-qa").is_dir():
-        pytest.skip("no trained tiny-qa ships yet: see d2l.tiny_qa.RECIPE")
-    return load_base("tiny-qa")
-
-
-def test_shipped_base_answers_about_held_out_documents(task, shipped):
-    assert shipped.tokenizer.get_vocab() == task.tokenizer.get_vocab()
-    for n_facts in (1, 8):
-        assert task.accuracy(shipped.model, n_facts, n=60, seed=5) >= 0.95
-    assert task.accuracy(shipped.model, 8, n=60, document=False, seed=5) <= 0.05
-    assert task.accuracy(shipped.model, 8, "unanswerable", n=60, seed=5) >= 0.8
