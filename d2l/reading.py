@@ -58,13 +58,13 @@ class Reading:
         """Chunks read."""
         return len(self._tok)
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[int]:
         while chunks := list(itertools.islice(self._chunks, self.at_once)):
-            self._parts.append(self.model.encode(chunks))
-            held = sum(p.n_chunks for p in self._parts)
-            if held * self.model.config.lora.rank > self._full_rank:
-                self._dense, self._parts = self._sum(), []
+            with torch.no_grad():
+                self._parts.append(self.model.encode(chunks))
+                held = sum(p.n_chunks for p in self._parts)
+                if held * self.model.config.lora.rank > self._full_rank:
+                    self._dense, self._parts = self._sum(), []
             self._tok += map(len, chunks)
             if self.total_chunks is None:
                 self._warn(self.n_chunks - len(chunks), self.n_chunks)
