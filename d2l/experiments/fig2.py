@@ -24,7 +24,8 @@ from ..data.needle_training import NeedleStream
 from ..figures import draw_fig2
 from ..lm.base import load_base
 from ..model import DocToLoRA
-from ..tiny_training import train_tiny_base
+from ..tiny_needle import NeedleTask
+from ..tiny_training import train_tiny
 from ..train import TrainConfig
 from .base import Run, need_gpu_and_model, request
 from .needle import (
@@ -254,7 +255,7 @@ def _models(wanted: NeedleRun, scale: str, *, retrain: bool) -> dict[int, DocToL
         shutil.rmtree(folder)
     if retrain and wanted.base == "tiny" and scale != "smoke":
         if not (folder / "base").exists():
-            train_tiny_base(folder / "base", seed=seed)
+            train_tiny(NeedleTask(), folder / "base", seed)
         base = load_base(str(folder / "base"), dtype=getattr(torch, wanted.dtype))
     else:
         base = load(wanted)

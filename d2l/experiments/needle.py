@@ -22,7 +22,7 @@ from ..data.example import Example
 from ..data.needle import Filler, Needle, NeedleGenerator, NeedleSample, Words
 from ..data.needle_training import NeedleStream, NeedleTraining
 from ..evaluate import Score, answer_in_context, answer_internalized, answer_without_context
-from ..lm.base import LanguageModel, load_base
+from ..lm.base import LanguageModel, load_base, native_dtype
 from ..model import DocToLoRA
 from ..train import TrainConfig, read_curve
 from ..train import train as fit
@@ -74,9 +74,10 @@ VARIANTS: tuple[tuple[Filler, Needle, Words], ...] = (
 
 
 def load(wanted: NeedleRun) -> LanguageModel:
-    """Load the base on the GPU if there is one."""
+    """Load the base on the GPU if there is one, in float32 where bfloat16 would be emulated."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_base(wanted.base, device=device, dtype=getattr(torch, wanted.dtype))
+    dtype = native_dtype(device, getattr(torch, wanted.dtype))
+    return load_base(wanted.base, device=device, dtype=dtype)
 
 
 def run_dir(wanted: NeedleRun, name: str) -> Path:

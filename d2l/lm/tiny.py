@@ -7,6 +7,7 @@ line break.  Training it is `d2l.tiny_training`'s work.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
@@ -23,8 +24,8 @@ _TEMPLATE = (
 )
 
 
-def tiny_vocabulary() -> list[str]:
-    """List the tokens in the order of their ids: specials, marks, digits, words."""
+def needle_vocabulary() -> list[str]:
+    """List the words of the needle task, sorted."""
     sentences = [
         vocabulary.REPEAT_BLOCK,
         vocabulary.DIGITS_LINE,
@@ -36,11 +37,13 @@ def tiny_vocabulary() -> list[str]:
         *vocabulary.NEEDLE_WORDS,
     ]
     words = sorted({word for text in sentences for word in re.findall(r"[A-Za-z]+", text)})
-    return [*_SPECIALS, "\n", *".,?!", *"0123456789", *words]
+    return words
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(words: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
     """Build the word-level tokenizer; words outside the vocabulary become ``<unk>``.
+
+    The ids go through specials, marks, digits and then ``words``; by default the needle's.
 
     Decoding puts spaces between words and none inside numbers or before marks.
 
@@ -48,7 +51,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     >>> tokenizer.decode(tokenizer("The number is 4829.").input_ids)
     'The number is 4829.'
     """
-    ids = {token: i for i, token in enumerate(tiny_vocabulary())}
+    listed = needle_vocabulary() if words is None else words
+    tokens = [*_SPECIALS, "\n", *".,?!", *"0123456789", *listed]
+    ids = {token: i for i, token in enumerate(tokens)}
     core = Tokenizer(WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -76,31 +81,37 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_config() -> LlamaConfig:
-    """Return the configuration: 4 layers of width 128, a window of 512 tokens.
+def build_config(tokenizer: PreTrainedTokenizerFast, width: int, n_layers: int) -> LlamaConfig:
+    """Return the configuration: heads of 32, feed-forward of 3 widths, a window of 512 tokens.
 
-    The usual initial spread of 0.02 is too small for this width: retrieval then takes three times
+    The usual initial spread of 0.02 is too small for such widths: retrieval then takes three times
     as many steps to appear.
     """
-    ids = {token: i for i, token in enumerate(tiny_vocabulary())}
     return LlamaConfig(
-        vocab_size=len(ids),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=n_layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
         max_position_embeddings=WINDOW_TOK,
         initializer_range=0.06,
         tie_word_embeddings=True,
-        pad_token_id=ids["<pad>"],
-        bos_token_id=ids["<s>"],
-        eos_token_id=ids["<end>"],
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
 
 
-def build_model(seed: int) -> LlamaForCausalLM:
+def build_model(
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    width: int = 128,
+    n_layers: int = 4,
+) -> LlamaForCausalLM:
     """Return the untrained model; the same seed gives the same weights."""
+    config = build_config(tokenizer or build_tokenizer(), width, n_layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(build_config())
+        return LlamaForCausalLM(config)

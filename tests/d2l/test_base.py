@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d2l.lm import base, smollm2
-from d2l.lm.base import fingerprint_of, load_base
+from d2l.lm.base import fingerprint_of, load_base, native_dtype
 from d2l.lm.tiny import build_model, build_tokenizer
 
 
@@ -157,3 +157,14 @@ def test_smollm2_answers_and_encodes_as_its_template_does():
 
 def _left(cache) -> list[str]:
     return [p.name for p in cache.iterdir() if not p.name.endswith(".lock")]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_only_where_the_cpu_computes_it(monkeypatch, supported):
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False
+    )
+    expected = torch.bfloat16 if supported else torch.float32
+    assert native_dtype("cpu", torch.bfloat16) is expected
+    assert native_dtype("cpu", torch.float16) is torch.float16
+    assert native_dtype("cuda", torch.bfloat16) is torch.bfloat16

@@ -4,14 +4,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from d2l import tiny_training
 from d2l.lm import vocabulary
 from d2l.lm.base import chat_affixes, load_base, render_chat, tiny_dir
-from d2l.lm.tiny import build_model, build_tokenizer, tiny_vocabulary
-from d2l.tiny_training import TinyTraining, measure_base, train_tiny_base
+from d2l.lm.tiny import build_model, build_tokenizer, needle_vocabulary
+from d2l.tiny_needle import NeedleTask
+from d2l.tiny_training import TinyTraining, train_tiny
 
 DOCUMENT = "Soon, the tall baker slept.\nThe special magic number is 0482.\nThere and back again."
-TOY = TinyTraining(growing=1, settling=2, batch=4, start_tok=40, max_tok=60)
+TOY = TinyTraining(growing=1, settling=2, batch=4)
+SHORT = {"start_tok": 40, "max_tok": 60}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,8 @@ def test_every_word_is_one_token_and_others_are_unknown(tokenizer):
         (only,) = tokenizer(word).input_ids
         assert only != tokenizer.unk_token_id
     assert tokenizer("zyx").input_ids == [tokenizer.unk_token_id]
-    assert len(tokenizer) == len(set(tiny_vocabulary())) == build_model(0).config.vocab_size
+    assert len(set(needle_vocabulary())) == len(needle_vocabulary())
+    assert len(tokenizer) == len(tokenizer.get_vocab()) == build_model(0).config.vocab_size
 
 
 def test_special_tokens_in_text_are_inert(tokenizer):
@@ -56,11 +58,11 @@ def test_same_seed_same_weights():
 
 
 def test_training_writes_a_whole_folder_and_repeats_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_training, "measure_base", lambda *_: {"repeat/digits": {100: 0.5}})
+    monkeypatch.setattr(NeedleTask, "measure", lambda *_: {"repeat/digits": {100: 0.5}})
     losses = []
     for name in ("one", "two"):
         folder = tmp_path / name
-        train_tiny_base(folder, 0, TOY, report=lambda step, loss, accuracy: losses.append(loss))
+        train_tiny(NeedleTask(**SHORT), folder, 0, TOY, report=lambda *step: losses.append(step))
     assert losses[:3] == losses[3:]
     one, two = load_base(str(tmp_path / "one")), load_base(str(tmp_path / "two"))
     assert one.fingerprint == two.fingerprint
@@ -69,7 +71,7 @@ def test_training_writes_a_whole_folder_and_repeats_itself(tmp_path, monkeypatch
 
 
 def test_a_broken_write_leaves_the_old_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_training, "measure_base", lambda *_: {"repeat/digits": {100: 0.5}})
+    monkeypatch.setattr(NeedleTask, "measure", lambda *_: {"repeat/digits": {100: 0.5}})
     out = tmp_path / "base"
     out.mkdir()
     (out / "config.json").write_text("{}")
@@ -77,9 +79,9 @@ def test_a_broken_write_leaves_the_old_folder(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(tiny_training, "model_card", full)
+    monkeypatch.setattr(NeedleTask, "card", full)
     with pytest.raises(OSError, match="No space"):
-        train_tiny_base(out, 0, TOY)
+        train_tiny(NeedleTask(**SHORT), out, 0, TOY)
     assert json.loads((out / "config.json").read_text()) == {}
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
@@ -97,8 +99,8 @@ def test_shipped_base_was_made_by_this_tokenizer(shipped, tokenizer):
 
 
 def test_shipped_base_retrieves_inside_its_window_and_not_past_it(shipped):
-    inside = measure_base(shipped.model, shipped.tokenizer, (100, 400), n=20, seed=5)
-    past = measure_base(shipped.model, shipped.tokenizer, (2048,), n=40, seed=5)
+    inside = NeedleTask().measure(shipped.model, (100, 400), n=20, seed=5)
+    past = NeedleTask().measure(shipped.model, (2048,), n=40, seed=5)
     assert all(v >= 0.95 for by_length in inside.values() for v in by_length.values())
     assert past["repeat/digits"][2048] <= 0.1
     assert past["prose/digits"][2048] <= 0.2

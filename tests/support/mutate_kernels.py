@@ -29,8 +29,9 @@ FAULTS = {
     ],
     "cross/torch_backend.py": [
         (".mul_(scale)\n\n\ndef _heads", "\n\n\ndef _heads", "scale dropped from the scores"),
-        (".sub_(dot)", "", "row sum missing from dS"),
-        (".mul_(p).mul_(scale)", ".mul_(p)", "scale dropped in the gradient"),
+        ("torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)", "(dp * p)",
+         "row sum missing from dS"),
+        ("p.dtype).mul_(scale)", "p.dtype)", "scale dropped in the gradient"),
         ("start = ends[first] - n", "start = max(0, ends[first] - n - 1)",
          "off by one in offsets"),
         ("lengths[last] == n and", "lengths[last] >= n and", "unequal segments in one block"),

@@ -49,9 +49,10 @@ def backward(
     lengths: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v: ``dS = P * (dO V^T - rowsum(dO * O))``.
+    """Return the gradients of q, k and v: ``dS = P * (dP - rowsum(P * dP))``, ``dP = dO V^T``.
 
-    P comes from the scores again, not from ``lse``: that loses digits where scores are large.
+    P comes from the scores again, not from ``lse``, and the row sum from P, not from ``out``: the
+    stored ones are rounded differently, which is lost where scores or ``dP`` are large.
     """
     dq, dk, dv = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
     for seg, tok, shape in _blocks(q, lengths):
@@ -59,8 +60,8 @@ def backward(
             continue
         kk, vv, do = _heads_first(k[tok], shape), _heads_first(v[tok], shape), d_out[seg]
         p = _scores(q[seg], kk, scale).softmax(-1)
-        dot = (do * out[seg]).to(p.dtype).sum(-1, keepdim=True)
-        ds = (do @ vv.mT).to(p.dtype).sub_(dot).mul_(p).mul_(scale).to(q.dtype)
+        dp = (do @ vv.mT).to(p.dtype)
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale).to(q.dtype)
         dq[seg] = ds @ kk
         dk[tok] = _tokens_first(ds.mT @ q[seg])
         dv[tok] = _tokens_first(p.to(do.dtype).mT @ do)

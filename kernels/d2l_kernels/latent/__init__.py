@@ -64,9 +64,12 @@ def latent_attention(
     if backend == "reference" or n_latents > MOST_ABSORBED:
         return reference.forward(q, x, norm_weight, W_k, W_v, segments, eps)
     group = (n_kv, n_heads // n_kv)
+    wide = _dtype_of_absorbed(q, x.shape[1])
     absorbed = torch.einsum(
-        "slghd,gdc->sglhc", q.unflatten(2, group), (W_k * norm_weight).unflatten(0, (n_kv, -1))
-    )
+        "slghd,gdc->sglhc",
+        q.to(wide).unflatten(2, group),
+        (W_k.to(wide) * norm_weight).unflatten(0, (n_kv, -1)),
+    ).to(q.dtype)
     summed = _forward(
         absorbed.flatten(1, 3), x, segments.lengths, eps, 1 / math.sqrt(d_head), backend
     )[0]
@@ -75,6 +78,16 @@ def latent_attention(
         summed.view(absorbed.shape),
         (W_v * norm_weight).unflatten(0, (n_kv, -1)),
     ).flatten(2, 3)
+
+
+def _dtype_of_absorbed(q: Tensor, d_latent: int) -> torch.dtype:
+    """Absorb in float64 where float32 would round scores more than projecting does.
+
+    A score sums ``d_latent`` products of a rounded sum over ``d_head``, the projected form's
+    ``d_head`` products of one over ``d_latent``: worse, and cheap, for ``d_latent < d_head``.
+    """
+    narrow = d_latent < q.shape[3] and q.dtype == torch.float32 and q.device.type == "cpu"
+    return torch.float64 if narrow else q.dtype
 
 
 @torch.library.custom_op("d2l_kernels::latent_attention", mutates_args=())

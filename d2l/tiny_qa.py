@@ -1,0 +1,147 @@
+"""The tiny base that answers questions: a Llama trained on the closed encyclopedia, document in
+prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import torch
+
+from .data.encyclopedia import KINDS, EncyclopediaGenerator
+from .data.lexicon_closed import closed_words
+from .data.record import Record
+from .lm.base import render_chat
+from .lm.tiny import WINDOW_TOK, build_model, build_tokenizer
+from .tiny_training import Row, exact, pad_rows
+
+N_MEASURED = 100
+
+
+@dataclasses.dataclass
+class QaTask:
+    """Questions about documents of 1 fact at level 0 to ``max_facts`` at level 1.
+
+    A row holds a document and ``n_questions`` questions, each in a turn of its own.  From ``mixed``
+    on, half of the documents have questions of all kinds, and one row in ``bare_every`` has no
+    document, which makes every question unanswerable.  All names of the training split, all words
+    and all forms are used: the base knows the language, what it has to learn in an experiment are
+    documents.
+    """
+
+    name: str = "tiny-qa"
+    width: int = 160
+    n_layers: int = 4
+    facts: tuple[int, ...] = (1, 2, 4, 8, 16, 28, 40)
+    n_questions: int = 4
+    mixed: float = 0.4
+    bare_every: int = 16
+
+    def __post_init__(self) -> None:
+        self.tokenizer: Any = build_tokenizer(closed_words())
+        self._train = EncyclopediaGenerator(
+            "train", vocabulary="closed", words="all", forms="all", distractors=0.4
+        )
+
+    def build(self, seed: int) -> Any:
+        """Return the untrained model."""
+        return build_model(seed, self.tokenizer, width=self.width, n_layers=self.n_layers)
+
+    def rows(self, rng: random.Random, level: float, n_rows: int) -> list[Row]:
+        """Draw documents of one number of facts each with its questions."""
+        most = self.facts[round(level * (len(self.facts) - 1))]
+        n_facts = most if rng.random() < 0.5 else rng.randint(1, most)
+        rows = []
+        for i in range(max(8, min(n_rows, 8 * n_rows // n_facts))):
+            mixed = level >= self.mixed and i % 2 == 0
+            record = self._train.sample(
+                rng, n_facts, self.n_questions, KINDS if mixed else ("recall",)
+            )
+            bare = level >= self.mixed and i % self.bare_every == 0
+            rows.append(self.row(record, document=not bare))
+        return rows
+
+    def row(self, record: Record, *, document: bool = True, answer: bool | None = None) -> Row:
+        """Put a record into the chat format, the questions one after another.
+
+        Without the document the answer is *unknown*, unless ``answer`` asks for the record's own.
+        """
+        known = document if answer is None else answer
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for question in record.questions:
+            text = question.text if ids or not document else f"{record.document}\n\n{question.text}"
+            turn = render_chat(self.tokenizer, text)
+            ids += turn[3:] if ids else turn
+            answer = question.answers[0] if known else "unknown"
+            reply = self.tokenizer(answer, add_special_tokens=False).input_ids
+            spans.append((len(ids), len(ids) + len(reply) + 1))
+            ids += [*reply, self.tokenizer.eos_token_id]
+        return ids, spans
+
+    @torch.no_grad()
+    def measure(self, model: Any) -> dict[str, Any]:
+        """Return exact match on held-out documents: by facts, by kind at 8 facts, and without."""
+        by_facts = {n: self.accuracy(model, n) for n in self.facts}
+        by_kind = {kind: self.accuracy(model, 8, kind) for kind in KINDS}
+        without = self.accuracy(model, 8, document=False)
+        return {"by_facts": by_facts, "by_kind": by_kind, "without": without}
+
+    @torch.no_grad()
+    def accuracy(
+        self,
+        model: Any,
+        n_facts: int,
+        kind: str = "recall",
+        *,
+        document: bool = True,
+        forms: str = "all",
+        n: int = N_MEASURED,
+        seed: int = 0,
+    ) -> float:
+        """Return exact match over one question each about ``n`` documents of the test split."""
+        generator = EncyclopediaGenerator(
+            "test", vocabulary="closed", words="all", forms=forms, distractors=0.4
+        )
+        rng = random.Random(f"measure/{n_facts}/{kind}/{seed}")
+        hits: list[bool] = []
+        for start in range(0, n, 20):
+            records = [
+                generator.sample(rng, n_facts, 1, (kind,)) for _ in range(start, min(n, start + 20))
+            ]
+            rows = [self.row(record, document=document, answer=True) for record in records]
+            ids, _ = pad_rows(rows, self.tokenizer.pad_token_id, str(model.device))
+            hits += exact(model(input_ids=ids, use_cache=False).logits[:, :-1], ids, rows)
+        return sum(hits) / n
+
+    def card(self, model: Any, measured: dict[str, Any]) -> str:
+        """Describe the trained base in Markdown, from what its training measured."""
+        found = measured["accuracy"]
+        n_params = sum(p.numel() for p in model.parameters())
+        lines = [
+            "# tiny-qa: a word-level Llama that answers questions about a document",
+            "",
+            f"{n_params:,} parameters, {self.n_layers} layers of width {self.width}, window "
+            f"{WINDOW_TOK} tokens, float32, MIT licence. Trained from scratch on the closed "
+            "encyclopedia that this repository generates: it answers questions about a document in "
+            "its prompt, says *unknown* where there is no answer, and can do nothing else.",
+            "",
+            f"Trained with seed {measured['seed']} in {measured['cpu_s']:.0f} s of CPU time: "
+            f"{measured['steps']} steps of up to {measured['batch']} documents of up to "
+            f"{self.facts[-1]} facts with {self.n_questions} questions each.",
+            "",
+            f"Exact match on {N_MEASURED} held-out documents each (names that training never used; "
+            "the words and forms are those of training), by number of facts:",
+            "",
+            "| " + " | ".join(map(str, found["by_facts"])) + " |",
+            "|---" * len(found["by_facts"]) + "|",
+            "| " + " | ".join(f"{v:.2f}" for v in found["by_facts"].values()) + " |",
+            "",
+            "By kind of question, documents of 8 facts: "
+            + ", ".join(f"{kind} {v:.2f}" for kind, v in found["by_kind"].items())
+            + f". Recall without the document: {found['without']:.2f}.",
+            "",
+        ]
+        return "\n".join(lines)
