@@ -19,12 +19,14 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from d2l_kernels import topk_distill
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .config import config_id
 from .data.example import Batch, Example
+from .lm.base import LanguageModel
 from .lm.hooks import applied, decoder_of
 from .lora import ChunkLora, LoraBatch, route_rows
 from .losses import Averaging, average, lora_l1, shift
@@ -78,24 +80,14 @@ class Objective(nn.Module):
         """
         model: DocToLoRA = self.__dict__["model"]
         loras = self.adapters(batch)
-        lm = model.base.model
-        ids, mask, labels = pad_queries(batch, model.base.tokenizer.pad_token_id or 0)
-        ids, mask, labels = (t.to(model.base.device) for t in (ids, mask, labels))
-        doc_of_row = [d for d, n in enumerate(batch.queries_per_doc) for _ in range(n)]
-        with applied(lm, route_rows(loras, doc_of_row, training=self.training)):
-            decoder, _ = decoder_of(lm)
-            hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        at, target = shift(labels)
-        rows = hidden.flatten(0, 1)[at]
-        head = lm.get_output_embeddings().weight
-        softcap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
-        per_token, best = topk_distill(rows, head, *self._targets(batch, target), softcap)
+        per_token, hits = answer_loss(
+            model.base, batch, loras, self.config.loss, training=self.training
+        )
         counts = [len(q.answer) for q in batch.queries]
         denominator = n_docs if self.config.averaging == "per_ctx" else n_labels
         loss = average(per_token, counts, batch.queries_per_doc, self.config.averaging, denominator)
         l1 = lora_l1(loras) / n_docs
-        hits = torch.stack([ok.all() for ok in (best == target).split(counts)]).sum()
-        return {"total": loss + self.config.l1 * l1, "loss": loss, "l1": l1, "hits": hits}
+        return {"total": loss + self.config.l1 * l1, "loss": loss, "l1": l1, "hits": hits.sum()}
 
     def adapters(self, batch: Batch) -> LoraBatch:
         """Encode the distinct chunks once and compose every document's adapter."""
@@ -107,17 +99,48 @@ class Objective(nn.Module):
         loras = model.hypernet.compose(factors, batch.n_chunks, weights)
         return loras.map(lambda t: t.to(model.base.model.dtype))
 
-    def _targets(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and ids of what each labelled row should predict."""
-        if self.config.loss == "ce":
-            return torch.zeros_like(target, dtype=torch.float32)[:, None], target[:, None]
-        if any(q.teacher_logprob is None or q.teacher_idx is None for q in batch.queries):
-            raise ValueError("loss 'kl' needs the teacher's top-k for every query; one has none")
-        logprob = [row for q in batch.queries for row in q.teacher_logprob or ()]
-        index = [row for q in batch.queries for row in q.teacher_idx or ()]
-        return torch.tensor(logprob, device=target.device), torch.tensor(
-            index, device=target.device
-        )
+
+def answer_loss(
+    base: LanguageModel,
+    batch: Batch,
+    loras: LoraBatch,
+    kind: Literal["ce", "kl"],
+    *,
+    training: bool = False,
+) -> tuple[Float[Tensor, " label"], Bool[Tensor, " query"]]:
+    """Return the loss of every answer token, and which queries are answered exactly.
+
+    ``ce`` predicts the answer itself, ``kl`` the teacher's top-k (spec section 6).  A query is
+    answered when its every answer token is the argmax under teacher forcing.
+
+    Raises ValueError for ``kl`` when a query has no teacher.
+    """
+    lm = base.model
+    ids, mask, labels = pad_queries(batch, base.tokenizer.pad_token_id or 0)
+    ids, mask, labels = (t.to(base.device) for t in (ids, mask, labels))
+    doc_of_row = [d for d, n in enumerate(batch.queries_per_doc) for _ in range(n)]
+    with applied(lm, route_rows(loras, doc_of_row, training=training)):
+        decoder, _ = decoder_of(lm)
+        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    at, target = shift(labels)
+    rows = hidden.flatten(0, 1)[at]
+    head = lm.get_output_embeddings().weight
+    softcap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+    per_token, best = topk_distill(rows, head, *_targets(batch, target, kind), softcap)
+    counts = [len(q.answer) for q in batch.queries]
+    return per_token, torch.stack([ok.all() for ok in (best == target).split(counts)])
+
+
+def _targets(batch: Batch, target: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities and ids of what each labelled row should predict."""
+    if kind == "ce":
+        return torch.zeros_like(target, dtype=torch.float32)[:, None], target[:, None]
+    if any(q.teacher_logprob is None or q.teacher_idx is None for q in batch.queries):
+        raise ValueError("loss 'kl' needs the teacher's top-k for every query; one has none")
+    logprob = [row for q in batch.queries for row in q.teacher_logprob or ()]
+    index = [row for q in batch.queries for row in q.teacher_idx or ()]
+    device = target.device
+    return torch.tensor(logprob, device=device), torch.tensor(index, device=device)
 
 
 def pad_queries(batch: Batch, pad: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -217,7 +217,8 @@ class EncyclopediaGenerator:
                 else:
                     form = self._form(rng, what, what.sentences, lexicon.sentence_frames)
                     hidden = bool(lines) and rng.random() < self.pronouns
-                    text = _say(form.text, entity, what.noun, value, hidden)
+                    article = lexicon.article(what.kind)
+                    text = _say(form.text, entity, what.noun, value, article, hidden)
                 lines.append(text[0].upper() + text[1:])
                 facts[i] = Fact(entity.name, what.name, value, form.name, lines[-1])
             if lines:
@@ -232,14 +233,14 @@ class EncyclopediaGenerator:
         return choose(rng, own.of(self.forms))
 
 
-def _say(text: str, entity: Entity, noun: str, value: str, hidden: bool) -> str:
+def _say(text: str, entity: Entity, noun: str, value: str, article: str, hidden: bool) -> str:
     """Fill a sentence form; where ``hidden``, a pronoun stands for the entity if it opens it."""
     subject, possessive = _PRONOUNS[entity.pronoun]
     if hidden and text.startswith("{e}'s "):
         text = possessive + text.removeprefix("{e}'s")
     elif hidden and text.startswith("{e} "):
         text = subject + text.removeprefix("{e}")
-    return text.format(e=entity.name, n=noun, v=value)
+    return text.format(e=entity.name, n=noun, v=value, art=article)
 
 
 def _check_among(name: str, values: Sequence[str], known: Sequence[str]) -> None:

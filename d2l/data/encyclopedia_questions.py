@@ -56,6 +56,11 @@ class Interviewer:
     split: str
     forms: str
 
+    def text(self, form: Form, about: Attribute, entity: str) -> str:
+        """Fill a question form."""
+        who = "Who" if about.kind == "person" else "What"
+        return form.text.format(e=entity, n=about.noun, who=who)
+
     def _question_forms(self, what: Attribute) -> list[Form]:
         frames = self.lexicon.question_frames.of(self.forms)
         own = what.questions.of(self.forms)
@@ -100,7 +105,7 @@ class Interviewer:
             if not open_:
                 return
             for i, entity, what, value, form in open_:
-                text = form.text.format(e=entity.name, n=what.noun)
+                text = self.text(form, what, entity.name)
                 yield Question(text, _accepted(value), "recall", (i,), form.name)
 
     def _numeric(self, draft: Draft) -> Iterator[Question]:
@@ -175,7 +180,7 @@ class Interviewer:
             if "{e}'s" in form.text:
                 continue
             between = f"the {link.noun} of {entity.name}"
-            text = form.text.format(e=between, n=attribute.noun)
+            text = self.text(form, attribute, between)
             answers = _accepted(draft.stated[j][2])
             name = f"{link.name}/{form.name}"
             yield Question(text, answers, "two_hop", (i, j), name)
@@ -196,7 +201,7 @@ class Interviewer:
         rng.shuffle(missing)
         for entity, attribute in missing:
             form = choose(rng, self._question_forms(attribute))
-            text = form.text.format(e=entity.name, n=attribute.noun)
+            text = self.text(form, attribute, entity.name)
             yield Question(text, self.lexicon.unknown, "unanswerable", (), form.name)
 
 

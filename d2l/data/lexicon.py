@@ -84,7 +84,12 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Lexicon:
-    """Everything a generator needs.  ``numeric`` maps an operation to its question forms."""
+    """Everything a generator needs.
+
+    Frames also know ``{art}``, the article of a ``countable`` kind of value, and ``{who}``.
+    ``numeric`` maps an operation to its question forms, ``phrases`` a kind to two lists and what
+    joins their words; ``people`` are those of situations.
+    """
 
     attributes: Mapping[str, tuple[Attribute, ...]]
     rules: Mapping[str, tuple[Rule, ...]]
@@ -96,6 +101,11 @@ class Lexicon:
     people: Mapping[str, tuple[str, ...]]
     name: Callable[[random.Random, str, str], str]
     unknown: tuple[str, ...]
+    countable: frozenset[str] = frozenset()
+
+    def article(self, kind: str) -> str:
+        """Return what stands before a value of this kind in a frame."""
+        return "a " if kind in self.countable else ""
 
     def group(self, kind: str) -> str:
         """Return what a kind of value is: ``words``, ``phrases``, ``numbers`` or ``names``."""

@@ -344,13 +344,13 @@ OPEN = Lexicon(
     attributes=_ATTRIBUTES,
     rules=_RULES,
     sentence_frames=Forms.parse(
-        "The {n} of {e} is {v}. | {e}'s {n} is {v}. | For {e}, the {n} is {v}. | "
-        "The {n} recorded for {e} is {v}. || Under {e}, the {n} is given as {v}. | "
-        "As everyone knows, {e}'s {n} is {v}.",
+        "The {n} of {e} is {art}{v}. | {e}'s {n} is {art}{v}. | For {e}, the {n} is {art}{v}. | "
+        "The {n} recorded for {e} is {art}{v}. || Under {e}, the {n} is given as {art}{v}. | "
+        "As everyone knows, {e}'s {n} is {art}{v}.",
         "frame/s",
     ),
     question_frames=Forms.parse(
-        "What is the {n} of {e}? | What is {e}'s {n}? | Tell me the {n} of {e}. | "
+        "{who} is the {n} of {e}? | {who} is {e}'s {n}? | Tell me the {n} of {e}. | "
         "Name the {n} of {e}. || Do you know the {n} of {e}? | State {e}'s {n}.",
         "frame/q",
     ),
@@ -363,5 +363,6 @@ OPEN = Lexicon(
     },
     people=_PEOPLE,
     name=compose_name,
+    countable=frozenset({"animal", "craft", "emblem", "instrument", "prize"}),
     unknown=("unknown", "unanswerable", "not stated", "not mentioned", "not known"),
 )

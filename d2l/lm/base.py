@@ -1,4 +1,4 @@
-"""Frozen base models by name: `tiny`, `smollm2-135m`, a Hugging Face name, or a local folder."""
+"""Frozen base models by name: `KNOWN_BASES`, a Hugging Face name, or a local folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ __all__ = [
     "tiny_dir",
 ]
 
-KNOWN_BASES = ("tiny", "smollm2-135m")
+TINY_BASES = ("tiny", "tiny-qa")
+KNOWN_BASES = (*TINY_BASES, "smollm2-135m")
 _HUB_TIMEOUT_S = 10.0
 _ESSENTIALS = (
     "model_type",
@@ -128,9 +129,9 @@ def native_dtype(device: str | torch.device, wanted: torch.dtype) -> torch.dtype
     return wanted if native else torch.float32
 
 
-def tiny_dir() -> Path:
-    """Return the folder of the tiny base that ships with the repository."""
-    return repo_root() / "papers" / "doc-to-lora" / "weights" / "base" / "tiny"
+def tiny_dir(name: str = "tiny") -> Path:
+    """Return the folder of a tiny base that ships with the repository, one of ``TINY_BASES``."""
+    return repo_root() / "papers" / "doc-to-lora" / "weights" / "base" / name
 
 
 def fingerprint_of(model: Any) -> str:
@@ -149,11 +150,11 @@ def _locate(name: str) -> tuple[str, bool]:
     """Return a folder, or a hub name and True."""
     if name == "smollm2-135m":
         return str(smollm2_dir()), False
-    folder = tiny_dir() if name == "tiny" else Path(name).expanduser()
+    folder = tiny_dir(name) if name in TINY_BASES else Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder), False
-    if name == "tiny":
-        raise FileNotFoundError(f"the tiny base is not in {folder}; train it or restore the folder")
+    if name in TINY_BASES:
+        raise FileNotFoundError(f"the base {name} is not in {folder}; train it or restore it")
     if folder.is_dir():
         raise ValueError(f"{name!r} is a folder without config.json, so not a Hugging Face model")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
