@@ -106,8 +106,10 @@ def query_cost(model: DocToLoRA, context_tok: int, *, repeats: int = 5) -> list[
         compare("answer, unmerged", "answer, base", n, unmerged, bare, repeats)
     timed = []
     for _ in range(repeats):
+        model.ask(QUERY, **first)
         before = _seconds(model, bare)
         with whole.merge_into(model):
+            model.ask(QUERY, **first)
             timed.append((before, _seconds(model, bare)))
     base_s, seconds = (statistics.median(column) for column in zip(*timed, strict=True))
     rows.append(

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ class SavedHypernet:
     def config(self) -> HypernetConfig:
         """The hypernetwork's configuration."""
         return self.hypernet.config
+
+    def save(self, folder: str | Path) -> None:
+        """Write it as a folder of ours; as `save_hypernet`."""
+        facts = {f.name: getattr(self, f.name) for f in fields(self)}
+        save_hypernet(folder, facts.pop("hypernet"), facts.pop("chunk"), **facts)
 
 
 def save_hypernet(

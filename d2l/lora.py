@@ -113,21 +113,6 @@ class LoraBatch:
             B={m: fn(t) for m, t in self.B.items()},
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all factors."""
-        return sum(t.nbytes for t in (*self.A.values(), *self.B.values()))
-
-    def padded(self, module: str) -> tuple[Tensor, Tensor]:
-        """Return ``A`` and ``B`` of shape (doc, layer, max rank, d), zero rows at the end."""
-
-        def pad(t: Tensor) -> Tensor:
-            width = max(self.rank.lengths)
-            pieces = t.split(self.rank.lengths, 1)
-            return torch.stack([F.pad(p, (0, 0, 0, width - p.shape[1])) for p in pieces])
-
-        return pad(self.A[module]), pad(self.B[module])
-
     def delta_W(self, doc: int, layer: int, module: str) -> Float[Tensor, "d_out d_in"]:
         """Return ``multiplier * B^T A``, what the adapter adds to that linear's weight."""
         one, row = self[doc], self.layers.index(layer)

@@ -10,14 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-from .checkpoint import (
-    CONFIG,
-    WEIGHTS,
-    SavedHypernet,
-    assemble,
-    load_hypernet,
-    save_hypernet,
-)
+from .checkpoint import CONFIG, WEIGHTS, SavedHypernet, assemble, load_hypernet
 from .home import repo_root
 from .lm.base import LanguageModel, load_base, native_dtype
 from .model import DocToLoRA
@@ -113,26 +106,6 @@ def find(name_or_path: str | Path) -> Path | SavedHypernet:
     except OSError as error:
         raise OSError(f"cannot fetch {name!r} from the hub ({error}); check the network") from error
     return find(home / folder)
-
-
-def import_released(name_or_path: str | Path, folder: str | Path) -> SavedHypernet:
-    """Convert a released checkpoint, found as by `find`, to a folder of ours; return its content.
-
-    Raises ValueError for a checkpoint that is ours already, and as `find` does.
-    """
-    saved = find(name_or_path)
-    if isinstance(saved, Path):
-        raise ValueError(f"{saved} is in our format already; use it as it is")
-    save_hypernet(
-        folder,
-        saved.hypernet,
-        saved.chunk,
-        base_name=saved.base_name,
-        base_fingerprint=saved.base_fingerprint,
-        metadata=saved.metadata,
-        trained_chunks=saved.trained_chunks,
-    )
-    return saved
 
 
 def _weights() -> Path:

@@ -1,26 +1,15 @@
-"""`AdapterStore`: a folder of adapters keyed by document and model, shared by any processes.
-
-Run as a program it internalises a corpus into such a folder, on as many processes as
-``accelerate launch`` starts; stopped, it goes on where it was:
-
-    accelerate launch -m d2l.store MODEL STORE FILE...
-"""
+"""`AdapterStore`: a folder of adapters keyed by document and model, shared by any processes."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from filelock import FileLock
 from torch import Tensor
-from tqdm import tqdm
 
 from .adapter import Adapter
 from .model import DocToLoRA
@@ -104,38 +93,3 @@ class AdapterStore:
             text = error.strerror or str(error)
             warnings.warn(f"the adapter was not stored: {text}", UserWarning, stacklevel=3)
         return adapter
-
-
-def internalize_corpus(
-    model: DocToLoRA, files: Iterable[str | Path], store: AdapterStore
-) -> list[tuple[Path, str]]:
-    """Put the adapters of many files into ``store``, this process's share; stored ones are skipped.
-
-    A file that cannot be read does not stop the others; returns failures with their reasons.
-    """
-    state, failed = PartialState(), []
-    mine = sorted(map(Path, files))[state.process_index :: state.num_processes]
-    for path in tqdm(mine, desc="internalize", unit="doc", disable=not state.is_main_process):
-        try:
-            store.get_or_internalize(model, path)
-        except (OSError, ValueError) as error:
-            failed.append((path, str(error)))
-    return failed
-
-
-def main() -> int:
-    """Internalise the files named on the command line; return 1 if any failed."""
-    parser = argparse.ArgumentParser("d2l.store", description="internalise files into a store")
-    parser.add_argument("model", help="hypernetwork, as DocToLoRA.from_pretrained takes it")
-    parser.add_argument("store", help="folder of the adapters")
-    parser.add_argument("files", nargs="+", help="documents")
-    asked = parser.parse_args()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    model = DocToLoRA.from_pretrained(asked.model, device=str(state.device))
-    failed = internalize_corpus(model, asked.files, AdapterStore(asked.store))
-    print(*(f"{path}: {reason}" for path, reason in failed), sep="\n", end="", file=sys.stderr)
-    return bool(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -130,11 +130,14 @@ def import_(
 ) -> None:
     """Turn a published checkpoint into a folder of ours; nothing in its pickle is run."""
     with console(stderr=True).status(f"Reading {source}"):
-        from ..pretrained import import_released
+        from ..pretrained import find
 
+        found = find(source)
+        if isinstance(found, Path):
+            raise ValueError(f"{found} is in our format already; use it with --model {found}")
         name = source.strip("/").removesuffix("/pytorch_model.bin").rsplit("/", 1)[-1]
         folder = out or cache_dir() / "models" / name.removesuffix(".bin")
-        found = import_released(source, folder)
+        found.save(folder)
     if as_json:
         common.print_json({"folder": folder, "base": found.base_name})
         return

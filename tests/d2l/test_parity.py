@@ -25,11 +25,10 @@ from d2l.config import ChunkConfig
 from d2l.data.example import Batch, Example, Query
 from d2l.lm.base import LanguageModel
 from d2l.lm.hooks import applied, decoder_of, instrument
-from d2l.lora import ChunkLora, route_packed, route_rows
+from d2l.lora import ChunkLora, LoraBatch, route_packed, route_rows
 from d2l.losses import average, lora_l1, shift
 from d2l.model import DocToLoRA, target_shapes
-from d2l.pretrained import import_released
-from d2l.published import convert, shapes, to_published
+from d2l.published import convert, read_published, shapes, to_published
 from d2l.train import Objective, TrainConfig
 
 GOLDEN = os.environ.get("D2L_GOLDEN_DIR")
@@ -41,6 +40,17 @@ pytestmark = pytest.mark.skipif(not GOLDEN, reason="D2L_GOLDEN_DIR is not set")
 
 def golden(name: str) -> Path:
     return Path(GOLDEN or "") / name
+
+
+def padded(loras: LoraBatch, module: str) -> list[torch.Tensor]:
+    """A and B of shape (doc, layer, max rank, d), zero rows at the end."""
+    widest = max(loras.rank.lengths)
+
+    def pad(t: torch.Tensor) -> torch.Tensor:
+        pieces = t.split(loras.rank.lengths, 1)
+        return torch.stack([F.pad(p, (0, 0, 0, widest - p.shape[1])) for p in pieces])
+
+    return [pad(loras.A[module]), pad(loras.B[module])]
 
 
 class Setting:
@@ -212,7 +222,7 @@ def test_every_stage(setting):
     merged = hypernet.compose(factors, setting.n_chunks)
     rank = (max(setting.n_chunks) + 1) * setting.config.lora.rank
     for module in hypernet.targets.modules:
-        A, B = (F.pad(t, (0, 0, 0, rank - t.shape[2])) for t in merged.padded(module))
+        A, B = (F.pad(t, (0, 0, 0, rank - t.shape[2])) for t in padded(merged, module))
         stage(f"lora.{module}.A", factors.A[module])
         stage(f"lora.{module}.B", factors.B[module])
         stage(f"merged.{module}.A", A)
@@ -375,9 +385,9 @@ def self_consistent(setting: Setting) -> None:
 def test_a_released_checkpoint_becomes_a_working_model(tmp_path):
     setting = Setting("a")
     folder = tmp_path / "imported"
-    import_released(golden("checkpoint_ab/pytorch_model.bin"), folder)
+    read_published(golden("checkpoint_ab/pytorch_model.bin")).saved("golden").save(folder)
     model = load_model(folder, setting.base, strict=True)
     assert model.config == setting.config
     loras = model.hypernet.compose(model.encode([c.tolist() for c in setting.chunks]), [1, 1])
-    close(loras.padded("down_proj")[0], setting.io["out.merged.down_proj.A"], "imported A")
-    close(loras.padded("down_proj")[1], setting.io["out.merged.down_proj.B"], "imported B")
+    close(padded(loras, "down_proj")[0], setting.io["out.merged.down_proj.A"], "imported A")
+    close(padded(loras, "down_proj")[1], setting.io["out.merged.down_proj.B"], "imported B")

@@ -16,7 +16,6 @@ from published_files import write
 
 from d2l.checkpoint import load_hypernet
 from d2l.hypernet import Hypernet
-from d2l.pretrained import import_released
 from d2l.published import convert, read_published, shapes, to_published
 
 GOLDEN = os.environ.get("D2L_GOLDEN_DIR")
@@ -274,12 +273,13 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path):
 @needs_golden
 def test_golden_file_is_converted_to_our_format(tmp_path):
     source = Path(GOLDEN or "") / "checkpoint_ab" / "pytorch_model.bin"
-    import_released(source, tmp_path / "ours")
-    saved = load_hypernet(tmp_path / "ours")
     published = read_published(source)
+    published.saved(source.name).save(tmp_path / "ours")
+    saved = load_hypernet(tmp_path / "ours")
     assert saved.config == published.config
     assert (saved.base_name, saved.base_fingerprint) == ("gemma2-tiny", None)
-    assert (saved.chunk.max_tok, saved.chunk.min_tok) == (512, 25)
+    assert (saved.chunk.max_tok, saved.chunk.min_tok, saved.trained_chunks) == (512, 25, 8)
+    assert saved.metadata["imported_from"] == "pytorch_model.bin"
     state = saved.hypernet.state_dict()
     assert all(torch.equal(state[k], published.state[k]) for k in state)
 

@@ -15,12 +15,13 @@ from tiny_models import doc_to_lora, speaking
 
 from d2l.adapter import Adapter
 from d2l.checkpoint import save_model
+from d2l.cli.corpus import internalize_corpus
 from d2l.config import ChunkConfig
 from d2l.lm.base import load_base
 from d2l.lm.tiny import build_model, build_tokenizer
 from d2l.model import DocToLoRA
 from d2l.reading import sha256_of
-from d2l.store import AdapterStore, internalize_corpus
+from d2l.store import AdapterStore
 
 TEXT = "The grass is green. The special magic number is 4 8 2 9. Here we go."
 
@@ -185,7 +186,7 @@ def test_two_processes_share_a_corpus_and_skip_what_is_there(tmp_path):
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--main_process_port", "0", "-m", "d2l.store"),
+        *("--main_process_port", "0", "-m", "d2l.cli.corpus"),
         *map(str, (tmp_path / "hypernet", tmp_path / "store", *files)),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
