@@ -139,7 +139,8 @@ class EncyclopediaGenerator:
         ]
         rng.shuffle(linked)
         while len(draft.stated) < n_facts:
-            if linked and ("two_hop" in kinds or rng.random() < 0.5):
+            to_compare = "numeric" in kinds and len(draft.entities) == 1 + ("two_hop" in kinds)
+            if linked and not to_compare and ("two_hop" in kinds or rng.random() < 0.5):
                 name, of = linked.pop()
                 other = self._entity(draft, of, name)
             else:

@@ -267,3 +267,12 @@ def test_records_need_text_and_answers():
         Question(" ", ("Ada",))
     with pytest.raises(ValueError, match="squad"):
         Record(" \n", (), source="squad")
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_of_some_facts_has_every_kind(vocabulary, kind):
+    generator = EncyclopediaGenerator("test", vocabulary=vocabulary, distractors=0.4)
+    for seed in range(12):
+        record = generator.sample(random.Random(seed), 8, 1, (kind,))
+        assert record.questions[0].kind == kind

@@ -7,7 +7,7 @@ import torch
 
 from d2l.data.encyclopedia import KINDS, EncyclopediaGenerator
 from d2l.data.lexicon_closed import closed_words
-from d2l.lm.base import KNOWN_BASES, load_base, render_chat
+from d2l.lm.base import KNOWN_BASES, load_base, render_chat, tiny_dir
 from d2l.tiny_qa import QaTask
 from d2l.tiny_training import TinyTraining, exact, pad_rows, train_tiny
 
@@ -90,6 +90,8 @@ def test_training_reports_and_writes_a_card(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def shipped():
     assert "tiny-qa" in KNOWN_BASES
+    if not tiny_dir("tiny-qa").is_dir():
+        pytest.skip("no trained tiny-qa ships yet: see d2l.tiny_qa.RECIPE")
     return load_base("tiny-qa")
 
 
