@@ -11,8 +11,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "notebooks/serve_with_vllm.sh"
 STUBS = {
     "d2l": 'for last; do :; done; mkdir -p "$last"; echo "{\\"r\\": $RANK_MADE}" > '
     '"$last/adapter_config.json"; echo "d2l $*" >> "$LOG"',
-    "vllm": 'echo "vllm $VLLM_ALLOW_RUNTIME_LORA_UPDATING $*" >> "$LOG"; touch "$UP"; '
-    '[ -z "$DIES" ] || { rm "$UP"; exit 1; }',
+    "vllm": 'echo "vllm $VLLM_ALLOW_RUNTIME_LORA_UPDATING $*" >> "$LOG"; '
+    '[ -z "$DIES" ] || exit 1; touch "$UP"',
     "curl": 'for last; do :; done; case "$last" in */health) [ -e "$UP" ];; *) '
     'while [ "$1" != --data ]; do shift; done; echo "$last $2" >> "$LOG";; esac',
 }
