@@ -1,4 +1,4 @@
-"""Where things lie on disk: the checkout that holds the package, and the cache; and safe writing.
+"""Where things lie on disk: the checkout, the weights that ship, the cache; and safe writing.
 
 Standard library only, so that every layer may ask.
 """
@@ -26,6 +26,21 @@ def repo_root() -> Path:
             "or install it from there with `pip install -e .`"
         )
     return root.resolve()
+
+
+def weights_home() -> Path:
+    """Return the folder of the weights that ship with the checkout."""
+    return repo_root() / "papers" / "doc-to-lora" / "weights"
+
+
+def shipped() -> list[str]:
+    """List the names of the hypernetworks that ship with the repository.
+
+    >>> "fig2/tiny" in shipped()
+    True
+    """
+    found = (p.parents[1] for p in weights_home().glob("*/*/seed0/config.json"))
+    return sorted(str(folder.relative_to(weights_home())) for folder in found)
 
 
 def cache_dir() -> Path:

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from .checkpoint import CONFIG, WEIGHTS, SavedHypernet, assemble, load_hypernet
-from .home import repo_root
+from .home import shipped, weights_home
 from .lm.base import LanguageModel, load_base, native_dtype
 from .model import DocToLoRA
 from .published import PUBLISHED_WEIGHTS, read_published
@@ -26,13 +26,13 @@ def from_pretrained(
 ) -> DocToLoRA:
     """Load a hypernetwork and the base that it was made for.
 
-    ``name_or_path`` is one of `shipped`, a folder of ours, a released checkpoint (its folder or
-    file), or a hub name ``org/repository`` or ``org/repository/folder``.  No pickle in any of them
-    is run.  ``base`` takes the place of the recorded base: a name for `load_base`, or a loaded one,
-    which keeps its device and dtype.  ``device`` "auto" is CUDA, else MPS, else the CPU; ``dtype``
-    "auto" the one that the hypernetwork was trained with where it is recorded, else bfloat16 on a
-    GPU; a CPU that only emulates bfloat16 gets float32.  A released checkpoint that read through a
-    4-bit encoder gets one (NF4) where bitsandbytes is installed, else it warns.
+    ``name_or_path`` is one of `d2l.home.shipped`, a folder of ours, a released checkpoint (its
+    folder or file), or a hub name ``org/repository`` or ``org/repository/folder``. No pickle in any
+    of them is run. ``base`` takes the place of the recorded base: a name for `load_base`, or a
+    loaded one, which keeps its device and dtype. ``device`` "auto" is CUDA, else MPS, else the CPU;
+    ``dtype`` "auto" the one that the hypernetwork was trained with where it is recorded, else
+    bfloat16 on a GPU; a CPU that only emulates bfloat16 gets float32. A released checkpoint that
+    read through a 4-bit encoder gets one (NF4) where bitsandbytes is installed, else it warns.
 
     Raises ValueError for an unknown name, a damaged or foreign file, or a base that does not fit;
     OSError for what cannot be fetched.  Warns when the base has other weights than recorded.
@@ -48,16 +48,6 @@ def from_pretrained(
             raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
         base = load_base(base or saved.base_name, device=at, dtype=native_dtype(at, kind))
     return assemble(saved, base, str(name_or_path), encoder_base=_quantized_reader(saved, base))
-
-
-def shipped() -> list[str]:
-    """List the names of the hypernetworks that ship with the repository.
-
-    >>> "fig2/tiny" in shipped()
-    True
-    """
-    found = _weights().glob(f"*/*/seed0/{CONFIG}")
-    return sorted(str(config.parents[1].relative_to(_weights())) for config in found)
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -83,7 +73,7 @@ def find(name_or_path: str | Path) -> Path | SavedHypernet:
     Raises ValueError and OSError as `from_pretrained` does.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
-    for folder in (path, _weights() / name / "seed0"):
+    for folder in (path, weights_home() / name / "seed0"):
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
     released = path / PUBLISHED_WEIGHTS if path.is_dir() else path
@@ -106,10 +96,6 @@ def find(name_or_path: str | Path) -> Path | SavedHypernet:
     except OSError as error:
         raise OSError(f"cannot fetch {name!r} from the hub ({error}); check the network") from error
     return find(home / folder)
-
-
-def _weights() -> Path:
-    return repo_root() / "papers" / "doc-to-lora" / "weights"
 
 
 def _quantized_reader(saved: SavedHypernet, base: LanguageModel) -> LanguageModel | None:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from .. import documents
-from ..home import cache_dir, repo_root
+from ..home import cache_dir, repo_root, shipped
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -23,9 +23,7 @@ DEFAULT_MODEL = "fig2/small"
 
 
 def _models(incomplete: str) -> list[str]:
-    weights = repo_root() / "papers/doc-to-lora/weights"
-    names = (p.parents[1].relative_to(weights) for p in weights.glob("*/*/seed0/config.json"))
-    return sorted(str(name) for name in names if str(name).startswith(incomplete))
+    return [name for name in shipped() if name.startswith(incomplete)]
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..home import cache_dir, repo_root
+from ..home import cache_dir, weights_home
 from .common import AsJson, console, print_json
 
 OPTIONAL = {
@@ -107,7 +107,7 @@ def _packages() -> Iterator[Finding]:
 
 def _models() -> Iterator[Finding]:
     try:
-        weights = repo_root() / "papers/doc-to-lora/weights"
+        weights = weights_home()
     except FileNotFoundError as error:
         yield Finding("Models", "shipped", "broken", str(error))
     else:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from ..home import repo_root
+from ..home import weights_home
 from .chat import chat_affixes, render_chat
 from .quiet import quiet_transformers
 from .smollm2 import smollm2_dir
@@ -144,7 +144,7 @@ def native_dtype(device: str | torch.device, wanted: torch.dtype) -> torch.dtype
 
 def tiny_dir() -> Path:
     """Return the folder of the tiny base that ships with the repository."""
-    return repo_root() / "papers" / "doc-to-lora" / "weights" / "base" / "tiny"
+    return weights_home() / "base" / "tiny"
 
 
 def fingerprint_of(model: Any) -> str:

@@ -14,7 +14,8 @@ from tiny_models import doc_to_lora, speaking
 import d2l
 from d2l import pretrained
 from d2l.checkpoint import load_hypernet, save_model
-from d2l.pretrained import find, from_pretrained, pick_device, shipped
+from d2l.home import shipped
+from d2l.pretrained import find, from_pretrained, pick_device
 
 TEXT = "The sky is blue. The special magic number is 5 0 3 1. Here we go."
 QUESTION = "What is the special magic number? Reply with only the number."
