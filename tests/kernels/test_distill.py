@@ -70,6 +70,18 @@ def test_top_k_is_not_renormalised(softcap):
         assert loss[t].item() == pytest.approx(expected, abs=1e-12)
 
 
+def test_weights_of_topk_distill_multiply_loss_and_gradient():
+    hidden, head = inputs()
+    logprob, index = torch.full((ROWS, 1), -0.2).double(), torch.tensor([[4]] * ROWS)
+    weight = torch.tensor([0.0, 1.0, 2.5, -1.0, 0.5], dtype=torch.float64)
+    hidden.requires_grad_()
+    plain, _ = topk_distill(hidden, head, logprob, index)
+    weighed, _ = topk_distill(hidden, head, logprob, index, weight=weight)
+    torch.testing.assert_close(weighed, plain * weight, rtol=0, atol=0)
+    (one,), (other,) = (torch.autograd.grad(t.sum(), hidden) for t in (plain, weighed))
+    torch.testing.assert_close(other, one * weight[:, None])
+
+
 def test_gradients_and_precision():
     hidden, head = inputs()
     teacher, index = torch.full((ROWS, 2), -0.9, dtype=torch.float64), torch.tensor([[1, 2]] * ROWS)

@@ -92,6 +92,17 @@ def test_topk_distill_counts_a_target_that_is_named_twice():
     torch.testing.assert_close(*both)
 
 
+def test_topk_distill_finds_the_argmax_in_any_block_of_columns():
+    g = torch.Generator().manual_seed(0)
+    head = torch.nn.functional.normalize(torch.randn(4300, 8, generator=g))
+    wanted = [5, 4095, 4096, 4299]
+    hidden, logprob, idx = 9 * head[wanted], torch.zeros(4, 1), torch.zeros(4, 1).long()
+    loss, best = topk_distill(hidden, head, logprob, idx)
+    assert best.tolist() == wanted
+    with use_backend("reference"):
+        torch.testing.assert_close(loss, topk_distill(hidden, head, logprob, idx)[0])
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_topk_distill_of_one_target_is_ligers_fused_cross_entropy(backend):
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction

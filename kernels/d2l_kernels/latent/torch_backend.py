@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cross.torch_backend import blocks, scores, statistics
+from ..cross.torch_backend import blocks, no_statistics, scores
 
 
 def why_not(*args: object) -> str | None:
@@ -19,19 +19,15 @@ def why_not(*args: object) -> str | None:
 def forward(
     q: Tensor, x: Tensor, lengths: Sequence[int], eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return ``softmax(scale q n^T) n`` of (seg, row, d_latent) and the log-sum-exp of each row."""
-    out, lse = torch.empty_like(q), statistics(q)
+    """Return ``softmax(scale q n^T) n`` of (seg, row, d_latent) and no statistics."""
+    out = torch.zeros_like(q)
     for seg, tok, shape in blocks(q[:, None], lengths):
         if not shape[1]:
-            out[seg], lse[seg] = 0, -torch.inf
             continue
         n = _normed(x[tok], eps)[0].to(x.dtype).unflatten(0, shape)
-        p = scores(q[seg], n, scale)
-        top = p.amax(-1, keepdim=True)
-        total = p.sub_(top).exp_().sum(-1, keepdim=True)
-        torch.bmm(p.div_(total).to(n.dtype), n, out=out[seg])
-        lse[seg] = (top + total.log())[..., 0]
-    return out, lse
+        p = scores(q[seg], n, scale).softmax(-1)
+        torch.bmm(p.to(n.dtype), n, out=out[seg])
+    return out, no_statistics(q)
 
 
 def backward(
