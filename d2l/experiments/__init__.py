@@ -53,11 +53,22 @@ EXPERIMENTS = {
             default_scale="small",
             cost={
                 "smoke": "under 20 s",
-                "tiny": "minutes; with --retrain up to 15 min, everything from scratch",
-                "small": "up to 15 min, from the shipped hypernetwork",
+                "tiny": "5 min; with --retrain about 20, everything from scratch",
+                "small": "12 min with bfloat16 instructions, 19 without; shipped hypernetwork",
                 "paper": "one GPU; training took the authors about 3 h on an H200",
             },
             module="d2l.experiments.fig2",
+        ),
+        Experiment(
+            id="fig3",
+            title="Answering questions from an adapter, against every alternative",
+            default_scale="tiny",
+            cost={
+                "smoke": "under 20 s",
+                "tiny": "minutes from the shipped hypernetwork",
+                "paper": "one GPU; training took the authors 5 days on 8 H200",
+            },
+            module="d2l.experiments.fig3",
         ),
     )
 }
