@@ -76,8 +76,8 @@ def _views(
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Yield three-dimensional views, whose products need no copy.
 
-    They hold the heads of one segment if that makes fewer of them and its scores fit the cache, else
-    one head of a block of segments.  Empty segments are left out.
+    They hold the heads of one segment if that makes fewer of them and its scores fit the cache,
+    else one head of a block of segments.  Empty segments are left out.
     """
     n_heads = rows[0].shape[1]
     for seg, tok, shape in blocks(rows[0], lengths):
