@@ -53,7 +53,7 @@ EXPERIMENTS = {
             default_scale="small",
             cost={
                 "smoke": "under 20 s",
-                "tiny": "5 min; with --retrain about 20, everything from scratch",
+                "tiny": "7 min; with --retrain about 20, everything from scratch",
                 "small": "12 min with bfloat16 instructions, 19 without; shipped hypernetwork",
                 "paper": "one GPU; training took the authors about 3 h on an H200",
             },
