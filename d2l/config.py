@@ -27,12 +27,14 @@ class EncoderConfig:
     ``layer_idx`` belongs to ``early_exit`` (layers that run; None runs all), ``last_layer`` to
     ``per_layer_activations`` (``k`` keeps the first ``k - 1`` layers; None keeps ``L - 1``).
     ``model`` names another encoder than the base; None shares the base's own weights.
+    ``next_token`` is ours: every feature is joined with the embedding of the token that follows.
     """
 
     kind: EncoderKind = "per_layer_activations"
     layer_idx: int | None = None
     last_layer: int | None = None
     model: str | None = None
+    next_token: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +77,10 @@ class LoraConfig:
 @dataclasses.dataclass(frozen=True)
 class HypernetConfig:
     """The trainable part.  ``chunk_gate`` is ours: a learned factor in (0, 1) per chunk,
-    layer, module and rank, so that a chunk with nothing to say can stay silent.  ``mlp_dropout``
-    acts in training, before both matrices of the pre-head MLPs.
+    layer, module and rank, so that a chunk with nothing to say can stay silent.  ``d_copy`` is
+    ours too: the width of a path by which every rank row reads one place of the text directly (see
+    `hypernet.CopyPath`); 0 leaves it out.  ``mlp_dropout`` acts in training, before both matrices of
+    the pre-head MLPs.
     """
 
     encoder: EncoderConfig = EncoderConfig()
@@ -86,6 +90,7 @@ class HypernetConfig:
     per_layer_processing: bool = True
     use_bias: bool = True
     chunk_gate: bool = False
+    d_copy: int = 0
     mlp_dropout: float = 0.0
 
 

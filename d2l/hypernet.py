@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from d2l_kernels import Segments
+from d2l_kernels import Segments, cross_attention
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .config import HypernetConfig
 from .lora import ChunkLora, LoraBatch, compose
-from .perceiver import Perceiver
+from .perceiver import Perceiver, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,46 @@ class LayerMLP(nn.Module):
         return x + self.norm_out(out.transpose(0, 1))
 
 
+class CopyPath(nn.Module):
+    """Let every rank row read one place of the text, past the Perceiver's narrow latents.
+
+    ``p = softmax_t(W_q z . W_k f_t / sqrt(d_copy))`` and ``c = sum_t p_t W_v f_t`` for the latent z
+    of a rank row and the normed features f.  With features that hold a token's state and the
+    embedding of its successor, a row can store "in this state say that word" for words that training
+    never showed: the rank-1 term that a gradient step on that token would add.  Ours, not in the
+    published system.
+    """
+
+    def __init__(self, d_model: int, d_latent: int, d_copy: int) -> None:
+        super().__init__()
+        self.norm_features = RMSNorm(d_model)
+        self.norm_latents = RMSNorm(d_latent)
+        self.q = nn.Linear(d_latent, d_copy, bias=False)
+        self.k = nn.Linear(d_model, d_copy, bias=False)
+        self.v = nn.Linear(d_model, d_copy, bias=False)
+
+    def forward(
+        self,
+        latents: Float[Tensor, "seg n_out d_latent"],
+        features: Float[Tensor, "tok d_model"],
+        segments: Segments,
+    ) -> Float[Tensor, "seg n_out d_copy"]:
+        """Return what each row has read."""
+        f = self.norm_features(features)
+        q = self.q(self.norm_latents(latents))
+        k, v = self.k(f), self.v(f)
+        found = cross_attention(q[:, :, None].to(k.dtype), k[:, None], v[:, None], segments)
+        return found[:, :, 0]
+
+
 class Hypernet(nn.Module):
     """Map context activations to LoRA factors ``A`` and ``B`` of every chunk.
 
     ``u = x / ||x||``, ``[A | B] = u W_head``, ``A *= scaler_A``, ``B *= scaler_B``.  At the start
     ``scaler_B = bias_B = 0``, so delta W is exactly zero.  With ``config.chunk_gate`` B is also
-    multiplied by ``sigmoid(sqrt(d) w.u + b)``; this gate is not in the published system.
+    multiplied by ``sigmoid(sqrt(d) w.u + b)``; this gate is not in the published system.  With
+    ``config.d_copy`` the first half of what `CopyPath` reads adds to A and the second half to B,
+    through heads of their own.
 
     Raises ValueError for a target without layers or modules.
     """
@@ -105,11 +139,26 @@ class Hypernet(nn.Module):
         if config.chunk_gate:
             self.gate_weight = nn.Parameter(torch.zeros(L, M, d))
             self.gate_bias = nn.Parameter(torch.full((L, M), self.GATE_BIAS))
+        if config.d_copy:
+            self.copy = CopyPath(d_model, d, config.d_copy)
+            w, spread = config.d_copy // 2, 0.5 / math.sqrt(config.d_copy // 2 + width * r)
+            d_ins, d_outs = (max(sizes.values()) for sizes in (targets.d_in, targets.d_out))
+            self.copy_A = nn.Parameter(torch.randn(L, M, w, d_ins) * spread)
+            self.copy_B = nn.Parameter(torch.randn(L, M, config.d_copy - w, d_outs) * spread)
+
+    def read(
+        self, features: Float[Tensor, "tok d_model"], segments: Segments
+    ) -> Float[Tensor, "chunk n_out d_read"]:
+        """Summarise each chunk of one encoder feature, ``d_read = d_latent + d_copy``."""
+        latents = self.perceiver(features, segments)
+        if not self.config.d_copy:
+            return latents
+        return torch.cat([latents, self.copy(latents, features, segments)], -1)
 
     def assemble(
-        self, latents: Sequence[Float[Tensor, "chunk n_out d_latent"]]
-    ) -> Float[Tensor, "chunk layer mod r d_latent"]:
-        """Arrange the Perceiver's outputs, one per encoder feature, by layer, module and rank.
+        self, latents: Sequence[Float[Tensor, "chunk n_out d_read"]]
+    ) -> Float[Tensor, "chunk layer mod r d_read"]:
+        """Arrange what was read of each encoder feature by layer, module and rank.
 
         Raises ValueError when the encoder's features and the adapted layers do not match.
         """
@@ -124,9 +173,10 @@ class Hypernet(nn.Module):
             )
         return torch.stack([latents[i] for i in self.targets.layers], 1).unflatten(2, shape)
 
-    def generate(self, embeddings: Float[Tensor, "chunk layer mod r d_latent"]) -> ChunkLora:
+    def generate(self, embeddings: Float[Tensor, "chunk layer mod r d_read"]) -> ChunkLora:
         """Turn embeddings into LoRA factors of every chunk, without merging."""
-        x = embeddings
+        d_copy = self.config.d_copy
+        x, copied = embeddings.split((embeddings.shape[-1] - d_copy, d_copy), -1)
         for mlp in self.mlps:
             x = mlp(x)
         u = F.normalize(x, dim=-1)
@@ -140,8 +190,15 @@ class Hypernet(nn.Module):
         for i, m in enumerate(self.targets.modules):
             d_in, d_out = self.targets.d_in[m], self.targets.d_out[m]
             own = flat[:, :, i].float() if flat.dtype != torch.float64 else flat[:, :, i]
-            A[m] = own[..., :d_in] * self.scaler_A[m]
-            B[m] = own[..., d_in : d_in + d_out] * self.scaler_B[m]
+            own_A, own_B = own[..., :d_in], own[..., d_in : d_in + d_out]
+            if d_copy:
+                to_A, to_B = F.normalize(copied[:, :, i], dim=-1).to(own).tensor_split(
+                    (d_copy // 2,), -1
+                )
+                own_A = own_A + torch.einsum("clrw,lwd->clrd", to_A, self.copy_A[:, i, :, :d_in])
+                own_B = own_B + torch.einsum("clrw,lwd->clrd", to_B, self.copy_B[:, i, :, :d_out])
+            A[m] = own_A * self.scaler_A[m]
+            B[m] = own_B * self.scaler_B[m]
             if gate is not None:
                 B[m] = B[m] * gate[:, :, i, :, None]
         return ChunkLora(A, B)
@@ -150,7 +207,7 @@ class Hypernet(nn.Module):
         self, features: Sequence[Float[Tensor, "tok d_model"]], segments: Segments
     ) -> ChunkLora:
         """Compute A and B of every chunk from all of the encoder's features."""
-        return self.generate(self.assemble([self.perceiver(f, segments) for f in features]))
+        return self.generate(self.assemble([self.read(f, segments) for f in features]))
 
     def compose(
         self, chunks: ChunkLora, n_chunks: Iterable[int], weights: Tensor | None = None

@@ -146,7 +146,7 @@ class DocToLoRA:
         dtype = self.reader.model.dtype
         half = dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.base.device.type, dtype if half else torch.bfloat16, enabled=half):
-            self.encoder(tensors, lambda f: read.append(self.hypernet.perceiver(f, segments)))
+            self.encoder(tensors, lambda f: read.append(self.hypernet.read(f, segments)))
             factors = self.hypernet.generate(self.hypernet.assemble(read))
         if torch.is_grad_enabled():
             return factors

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from d2l_kernels import Segments
 from torch import Tensor, nn
 
@@ -25,7 +26,8 @@ class ContextEncoder:
 
     per_layer_activations: the input of each kept layer, then the final norm's output, so L features
     for L layers.  early_exit: one feature, the final norm of the state after ``layer_idx`` layers.
-    embed_only: the input of layer 0; no layer runs.
+    embed_only: the input of layer 0; no layer runs.  With ``next_token`` every feature is joined with
+    the embedding of the token that follows (scaled to unit mean square; zero at a chunk's end).
 
     ``layout`` "packed" needs flash attention or transformers' own packed masks, "padded" works
     everywhere; both give the same features.  Raises ValueError for a layer that is not there.
@@ -44,7 +46,8 @@ class ContextEncoder:
         if not 0 <= n_run <= total:
             raise ValueError(f"the encoder has {total} layers, {config} asks for {n_run}")
         self.n_layers_run = n_run
-        self.d_model = model.get_input_embeddings().weight.shape[1]
+        width = model.get_input_embeddings().weight.shape[1]
+        self.d_model = width * (1 + config.next_token)
         self.layout = "packed" if "flash" in str(model.config._attn_implementation) else "padded"
 
     def __call__(
@@ -83,15 +86,26 @@ class ContextEncoder:
                     torch.arange(longest, device=device) < lengths[:, None]
                 ).long()
         grad = torch.is_grad_enabled()
+        after = self._following(torch.cat(list(chunks)).to(device), segments)
 
         def emit(hidden: Tensor) -> None:
             flat = hidden.flatten(0, 1)
+            flat = flat if keep is None else flat.index_select(0, keep)
             with torch.set_grad_enabled(grad):
-                sink(flat if keep is None else flat.index_select(0, keep))
+                sink(flat if after is None else torch.cat([flat, after.to(flat.dtype)], 1))
 
         with torch.no_grad(), applied(self.model, None):
             self._run(inputs, emit)
         return segments
+
+    @torch.no_grad()
+    def _following(self, ids: Tensor, segments: Segments) -> Tensor | None:
+        if not self.config.next_token:
+            return None
+        table = self.model.get_input_embeddings().weight
+        after = F.rms_norm(F.embedding(ids.roll(-1), table).float(), table.shape[1:])
+        after[[end - 1 for end in segments.offsets[1:]]] = 0
+        return after
 
     def _run(self, inputs: dict[str, Tensor], emit: Sink) -> None:
         decoder, name = decoder_of(self.model)
