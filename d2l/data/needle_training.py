@@ -48,7 +48,7 @@ class NeedleTraining:
         self.stream, self.chunk, self.seed = stream, chunk, seed
         self._tokenizer = tokenizer
         self._affixes = chat_affixes(tokenizer)
-        self._end = _end_of_turn(tokenizer)
+        self._end = end_of_turn(tokenizer)
         self._generators = {
             (filler, needle): NeedleGenerator(tokenizer, filler=filler, needle=needle)
             for filler in ("repeat", "prose")
@@ -133,7 +133,7 @@ def _second_half(level: float) -> float:
     return max(0.0, (level - _COMPOSE_FROM) / (1.0 - _COMPOSE_FROM))
 
 
-def _end_of_turn(tokenizer: Any) -> int:
+def end_of_turn(tokenizer: Any) -> int:
     """Return the id that ends an answer."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token to end an answer with")

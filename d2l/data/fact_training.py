@@ -1,0 +1,96 @@
+"""Training stream for facts: documents of the encyclopedia with questions about them.
+
+Every batch is a pure function of (seed, step, level), so a resumed run continues with the same data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+from ..chunking import fewest_chunks, sample_chunks, split
+from ..config import ChunkConfig
+from ..lm.base import chat_affixes, render_chat
+from .encyclopedia import EncyclopediaGenerator
+from .example import Example, Query
+from .needle_training import end_of_turn
+from .record import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class FactStream:
+    """What the stream holds: documents of one fact at level 0 and of up to ``max_facts`` at level 1.
+
+    ``kinds`` take turns in every second document once the level is above a half; before, and in the
+    other documents, questions recall single facts.  ``cut_share`` of the documents are cut into
+    several chunks when ``cut_share`` is above 0 (stage 2 of the paper's training).
+    """
+
+    vocabulary: str = "open"
+    max_facts: int = 8
+    queries_per_doc: int = 2
+    kinds: tuple[str, ...] = ("recall",)
+    values: tuple[str, ...] = ("words", "phrases", "numbers", "names")
+    distractors: float = 0.25
+    words: str = "seen"
+    forms: str = "train"
+    cut_share: float = 0.0
+
+
+class FactTraining:
+    """Build the examples of one step for one tokenizer."""
+
+    def __init__(self, tokenizer: Any, stream: FactStream, chunk: ChunkConfig, seed: int) -> None:
+        self.stream, self.chunk, self.seed = stream, chunk, seed
+        self._tokenizer = tokenizer
+        self._generator = EncyclopediaGenerator(
+            "train",
+            vocabulary=stream.vocabulary,
+            values=stream.values,
+            words=stream.words,
+            forms=stream.forms,
+            distractors=stream.distractors,
+        )
+
+    def records(self, step: int, n_docs: int, level: float = 1.0) -> list[Record]:
+        """Return the documents of ``step`` at a level of the curriculum, in order."""
+        return [self._record(random.Random(f"{self.seed}/{step}/{i}"), level, i) for i in range(n_docs)]
+
+    def batch(self, step: int, n_docs: int, level: float = 1.0) -> list[Example]:
+        """Return ``records`` as training examples."""
+        rng = random.Random(f"cut/{self.seed}/{step}")
+        cut = self.stream.cut_share if level >= 1.0 else 0.0
+        return [
+            fact_example(self._tokenizer, r, self.chunk, rng if rng.random() < cut else None)
+            for r in self.records(step, n_docs, level)
+        ]
+
+    def _record(self, rng: random.Random, level: float, i: int) -> Record:
+        s = self.stream
+        most = 1 + round(level * (s.max_facts - 1))
+        n_facts = most if rng.random() < 0.5 else rng.randint(1, most)
+        kinds = s.kinds if level > 0.5 and i % 2 else ("recall",)
+        n_questions = min(s.queries_per_doc, n_facts)
+        return self._generator.sample(rng, n_facts, n_questions, kinds)
+
+
+def fact_example(
+    tokenizer: Any, record: Record, chunk: ChunkConfig, rng: random.Random | None = None
+) -> Example:
+    """Turn a record into chunks and queries; with ``rng`` the number of chunks is drawn.
+
+    The answer of a query is the first accepted one, with the end of the turn.
+    """
+    prefix, suffix = chat_affixes(tokenizer)
+    ids = render_chat(tokenizer, record.document.strip())
+    n = fewest_chunks(len(ids), chunk) if rng is None else sample_chunks(len(ids), chunk, rng)
+    end = end_of_turn(tokenizer)
+    queries = tuple(
+        Query(
+            tuple(render_chat(tokenizer, q.text)),
+            (*tokenizer(q.answers[0], add_special_tokens=False).input_ids, end),
+        )
+        for q in record.questions
+    )
+    return Example(tuple(map(tuple, split(ids, n, prefix, suffix))), queries)
