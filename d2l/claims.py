@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from . import artifacts
+from . import artifacts, measures_qa  # noqa: F401  (its measures register themselves)
 from .measures import MEASURES, Measurement, NotTestable, single_seeds
 
 SCALES = ("smoke", "tiny", "small", "paper")
@@ -123,7 +123,7 @@ def ledger() -> list[tuple[Path, list[Verdict], list[str]]]:
         manifest = artifacts.Manifest.read(folder)
         paper = folder.parents[2].name
         claims = [c for c in load(paper) if c.figure == manifest.experiment]
-        table = artifacts.read_csv(folder / "data.csv")
+        table = pd.read_csv(folder / "data.csv")
         verdicts = judge(table, claims, manifest.scale, manifest.context)
         out.append((folder, verdicts, manifest.changed_files(folder)))
     return out

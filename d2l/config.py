@@ -79,8 +79,8 @@ class HypernetConfig:
     """The trainable part.  ``chunk_gate`` is ours: a learned factor in (0, 1) per chunk,
     layer, module and rank, so that a chunk with nothing to say can stay silent.  ``d_copy`` is
     ours too: the width of a path by which every rank row reads one place of the text directly (see
-    `hypernet.CopyPath`); 0 leaves it out.  ``mlp_dropout`` acts in training, before both matrices of
-    the pre-head MLPs.
+    `hypernet.CopyPath`); 0 leaves it out.  ``mlp_dropout`` acts in training, before both matrices
+    of the pre-head MLPs.
     """
 
     encoder: EncoderConfig = EncoderConfig()

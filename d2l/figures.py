@@ -23,6 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from . import artifacts
 from .measures import NotTestable, Point, pool_seeds, single_seeds
+from .measures_qa import by_method
 
 _COLOURS = sns.color_palette("colorblind")
 _RC = {
@@ -56,6 +57,23 @@ _STYLES = {
     "wrong_document": _Style("D2L, wrong document", _COLOURS[4], "D", "-", hollow=True),
     "base_without_context": _Style("base, no document", (0.25, 0.25, 0.25), "x", ":"),
 }
+_QA_STYLES = {
+    "base_with_context": _Style("base, document in context", _COLOURS[1], "s"),
+    "base_without_context": _Style("base, no document", (0.25, 0.25, 0.25), "X"),
+    "truncated_context": _Style("base, half of the document", _COLOURS[5], "s", hollow=True),
+    "selective_context": _Style("selective context", (0.55, 0.55, 0.55), "."),
+    "retrieved": _Style("best chunk (BM25)", _COLOURS[2], "v"),
+    "d2l": _Style("D2L", _COLOURS[0], "o"),
+    "d2l_with_truncated_context": _Style("D2L and half of the document", _COLOURS[9], "o"),
+    "wrong_document": _Style("D2L, wrong document", _COLOURS[4], "D", hollow=True),
+    "cd_oracle": _Style("context distillation, oracle", _COLOURS[3], "^"),
+    "cd_generated": _Style("context distillation, other questions", _COLOURS[3], "^", hollow=True),
+}
+_FIG3_AXES = (
+    ("context_ratio", "share of the document in the prompt", False),
+    ("update_s", "update latency (s)", True),
+    ("update_mib", "peak memory of the update (MiB)", True),
+)
 _WITH_ADAPTER = _Style("D2L, adapter counted", _COLOURS[9], "o", "--", hollow=True)
 
 
@@ -143,6 +161,44 @@ def draw_kernels(errors: pd.DataFrame, speed: pd.DataFrame) -> PaperFigure:
         right.set_yticks(range(len(sizes)), [f"{op}\n{size}" for op, size in sizes], fontsize=5.5)
         right.invert_yaxis()
         right.legend()
+    return figure
+
+
+def draw_fig3(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Figure:
+    """Draw relative performance against context ratio, update latency and update memory.
+
+    One point a method (seeds and numbers of facts averaged), as figure 3; ``metric`` names what
+    the performance is.  A method without a positive time or memory stands at the left edge.
+    """
+    points = by_method(table, ["relative", "context_ratio", "update_s", "update_mib"])
+    with _look():
+        figure = PaperFigure(figsize=(7.2, 3.3), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, 3, sharey=True)
+        for axes, (column, label, log) in zip(panels, _FIG3_AXES, strict=True):
+            positive = points[column][points[column] > 0]
+            edge = float(positive.min()) / 3 if log and len(positive) else 0.0
+            if log:
+                axes.set_xscale("log")
+            for series, part, x, y in points[["series", "part", column, "relative"]].itertuples(
+                index=False
+            ):
+                if x != x:
+                    continue
+                style = _QA_STYLES.get(series, _Style(series, (0.5, 0.5, 0.5), "."))
+                _plot(axes, [max(x, edge)], [y], dataclasses.replace(style, dashes=""))
+                if series == "selective_context" and not log:
+                    axes.annotate(f"{float(part):.0%}", (x, y), (4, -7), fontsize=6, color="0.4",
+                                  textcoords="offset points")  # fmt: skip
+            axes.set_xlabel(label)
+            axes.axhline(1.0, color="0.6", linewidth=0.7, zorder=1)
+        panels[0].set_ylabel(f"{metric} relative to the base\nwith the document in its prompt")
+        panels[0].set_ylim(bottom=min(-0.03, float(points["relative"].min()) - 0.03))
+        found = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4,
+                      frameon=False, handletextpad=0.2, columnspacing=1.2)  # fmt: skip
+        figure.suptitle(f"Answering about a document, scale {scale}, {title}", fontsize=9)
+        sns.despine(fig=figure)
     return figure
 
 

@@ -72,15 +72,15 @@ class CopyPath(nn.Module):
 
     ``p = softmax_t(W_q z . W_k f_t / sqrt(d_copy))`` and ``c = sum_t p_t W_v f_t`` for the latent z
     of a rank row and the normed features f.  With features that hold a token's state and the
-    embedding of its successor, a row can store "in this state say that word" for words that training
-    never showed: the rank-1 term that a gradient step on that token would add.  Ours, not in the
-    published system.
+    embedding of its successor, a row can store "in this state say that word" for words that
+    training never showed: the rank-1 term that a gradient step on that token would add.  Ours, not
+    in the published system.
     """
 
-    def __init__(self, d_model: int, d_latent: int, d_copy: int) -> None:
+    def __init__(self, d_model: int, d_latent: int, d_copy: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm_features = RMSNorm(d_model)
-        self.norm_latents = RMSNorm(d_latent)
+        self.norm_features = RMSNorm(d_model, eps)
+        self.norm_latents = RMSNorm(d_latent, eps)
         self.q = nn.Linear(d_latent, d_copy, bias=False)
         self.k = nn.Linear(d_model, d_copy, bias=False)
         self.v = nn.Linear(d_model, d_copy, bias=False)
@@ -140,7 +140,7 @@ class Hypernet(nn.Module):
             self.gate_weight = nn.Parameter(torch.zeros(L, M, d))
             self.gate_bias = nn.Parameter(torch.full((L, M), self.GATE_BIAS))
         if config.d_copy:
-            self.copy = CopyPath(d_model, d, config.d_copy)
+            self.copy = CopyPath(d_model, d, config.d_copy, config.perceiver.norm_eps)
             w, spread = config.d_copy // 2, 0.5 / math.sqrt(config.d_copy // 2 + width * r)
             d_ins, d_outs = (max(sizes.values()) for sizes in (targets.d_in, targets.d_out))
             self.copy_A = nn.Parameter(torch.randn(L, M, w, d_ins) * spread)
@@ -192,8 +192,8 @@ class Hypernet(nn.Module):
             own = flat[:, :, i].float() if flat.dtype != torch.float64 else flat[:, :, i]
             own_A, own_B = own[..., :d_in], own[..., d_in : d_in + d_out]
             if d_copy:
-                to_A, to_B = F.normalize(copied[:, :, i], dim=-1).to(own).tensor_split(
-                    (d_copy // 2,), -1
+                to_A, to_B = (
+                    F.normalize(copied[:, :, i], dim=-1).to(own).tensor_split((d_copy // 2,), -1)
                 )
                 own_A = own_A + torch.einsum("clrw,lwd->clrd", to_A, self.copy_A[:, i, :, :d_in])
                 own_B = own_B + torch.einsum("clrw,lwd->clrd", to_B, self.copy_B[:, i, :, :d_out])

@@ -1,26 +1,30 @@
 """Training stream for facts: documents of the encyclopedia with questions about them.
 
-Every batch is a pure function of (seed, step, level), so a resumed run continues with the same data.
+Every batch is a pure function of (seed, step, level): a resumed run continues with the same data.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from ..chunking import fewest_chunks, sample_chunks, split
 from ..config import ChunkConfig
 from ..lm.base import chat_affixes, render_chat
+from ..teacher import Teacher
 from .encyclopedia import EncyclopediaGenerator
 from .example import Example, Query
 from .needle_training import end_of_turn
 from .record import Record
 
+TOP_K, MAX_ANSWER_TOK = 16, 32
+
 
 @dataclasses.dataclass(frozen=True)
 class FactStream:
-    """What the stream holds: documents of one fact at level 0 and of up to ``max_facts`` at level 1.
+    """What the stream holds: documents of one fact at level 0, of up to ``max_facts`` at level 1.
 
     ``kinds`` take turns in every second document once the level is above a half; before, and in the
     other documents, questions recall single facts.  ``cut_share`` of the documents are cut into
@@ -55,16 +59,24 @@ class FactTraining:
 
     def records(self, step: int, n_docs: int, level: float = 1.0) -> list[Record]:
         """Return the documents of ``step`` at a level of the curriculum, in order."""
-        return [self._record(random.Random(f"{self.seed}/{step}/{i}"), level, i) for i in range(n_docs)]
+        return [
+            self._record(random.Random(f"{self.seed}/{step}/{i}"), level, i) for i in range(n_docs)
+        ]
 
-    def batch(self, step: int, n_docs: int, level: float = 1.0) -> list[Example]:
-        """Return ``records`` as training examples."""
+    def batch(
+        self, step: int, n_docs: int, level: float = 1.0, teacher: Teacher | None = None
+    ) -> list[Example]:
+        """Return ``records`` as training examples; a ``teacher`` answers with the document in its
+        prompt, and its top-k goes with the answer.
+        """
         rng = random.Random(f"cut/{self.seed}/{step}")
         cut = self.stream.cut_share if level >= 1.0 else 0.0
-        return [
+        records = self.records(step, n_docs, level)
+        examples = [
             fact_example(self._tokenizer, r, self.chunk, rng if rng.random() < cut else None)
-            for r in self.records(step, n_docs, level)
+            for r in records
         ]
+        return examples if teacher is None else taught(examples, records, teacher)
 
     def _record(self, rng: random.Random, level: float, i: int) -> Record:
         s = self.stream
@@ -73,6 +85,25 @@ class FactTraining:
         kinds = s.kinds if level > 0.5 and i % 2 else ("recall",)
         n_questions = min(s.queries_per_doc, n_facts)
         return self._generator.sample(rng, n_facts, n_questions, kinds)
+
+
+def taught(
+    examples: Sequence[Example], records: Sequence[Record], teacher: Teacher
+) -> list[Example]:
+    """Replace the answers by those of a teacher that reads the document, with its top 16."""
+    texts = [f"{r.document}\n\n{q.text}" for r in records for q in r.questions]
+    prompts = [render_chat(teacher.tokenizer, text) for text in texts]
+    replies = iter(teacher.reply(prompts, MAX_ANSWER_TOK, TOP_K))
+    return [
+        dataclasses.replace(
+            e,
+            queries=tuple(
+                Query(q.prompt, reply.ids, reply.logprob, reply.idx)
+                for q, reply in zip(e.queries, replies, strict=False)
+            ),
+        )
+        for e in examples
+    ]
 
 
 def fact_example(

@@ -131,9 +131,10 @@ class Run:
     seconds: float
     draw: Callable[..., Figure]
     variants: pd.DataFrame | None = None
+    columns: tuple[str, ...] = artifacts.COLUMNS
 
     def __post_init__(self) -> None:
-        artifacts.check_columns(self.table, artifacts.COLUMNS, "table")
+        artifacts.check_columns(self.table, self.columns, "table")
         if self.variants is not None:
             artifacts.check_columns(self.variants, artifacts.VARIANT_COLUMNS, "variants")
 

@@ -9,7 +9,7 @@ import pandas as pd
 from ..artifacts import describe_device, paper_dir, write_csv, write_json
 from ..bench import internalize_cost, query_cost
 from .fig2 import config
-from .needle import load_shipped
+from .shipped import load_shipped
 
 LENGTHS = {"tiny": (2048, 8192), "small": (8192, 32768, 131072)}
 CONTEXT = {"tiny": 400, "small": 8000}

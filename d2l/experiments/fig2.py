@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,8 @@ from ..tiny_needle import NeedleTask
 from ..tiny_training import train_tiny
 from ..train import TrainConfig
 from .base import Run, need_gpu_and_model, request
-from .needle import (
-    NeedleEval,
-    NeedleRun,
-    finished,
-    load,
-    load_shipped,
-    measure,
-    measure_variants,
-    run_dir,
-    ship,
-    shipped_seeds,
-    trained,
-    weights_dir,
-)
+from .needle import NeedleEval, NeedleRun, card, measure, measure_variants, trained
+from .shipped import finished, load, load_shipped, run_dir, ship, shipped_seeds, weights_dir
 
 BACKENDS = ("auto", "torch", "reference")
 
@@ -238,7 +227,7 @@ def train(scale: str, seed: int = 0, overrides: dict[str, Any] | None = None) ->
     target = weights_dir("fig2", scale, seed)
     if overrides or scale == "smoke":
         target = folder / "hypernet"
-    ship(wanted, model, folder, target, figure="fig2", scale=scale)
+    ship(wanted, model, folder, target, partial(card, which=f"fig2 --scale {scale}"))
     return target
 
 

@@ -6,26 +6,22 @@ Which values a figure uses, and what it draws of the result, stands with the fig
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
-from ..artifacts import build_dir, paper_dir, write_text
-from ..checkpoint import load_model, save_model
-from ..config import ChunkConfig, HypernetConfig, config_id, flatten, from_dict, to_dict
+from ..config import ChunkConfig, HypernetConfig
 from ..data.example import Example
 from ..data.needle import Filler, Needle, NeedleGenerator, NeedleSample, Words
 from ..data.needle_training import NeedleStream, NeedleTraining
 from ..evaluate import Score, answer_in_context, answer_internalized, answer_without_context
-from ..lm.base import LanguageModel, load_base, native_dtype
+from ..lm.base import LanguageModel
 from ..model import DocToLoRA
-from ..train import TrainConfig, read_curve
+from ..train import TrainConfig
 from ..train import train as fit
+from .shipped import Curve, fresh
 
 N_WITHOUT_CONTEXT = 200
 
@@ -73,30 +69,10 @@ VARIANTS: tuple[tuple[Filler, Needle, Words], ...] = (
 )
 
 
-def load(wanted: NeedleRun) -> LanguageModel:
-    """Load the base on the GPU if there is one, in float32 where bfloat16 would be emulated."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = native_dtype(device, getattr(torch, wanted.dtype))
-    return load_base(wanted.base, device=device, dtype=dtype)
-
-
-def run_dir(wanted: NeedleRun, name: str) -> Path:
-    """Return the folder of a training run; it depends on everything but the evaluation."""
-    trained_on = dataclasses.replace(wanted, eval=NeedleEval())
-    return build_dir() / "runs" / f"{name}-{config_id(trained_on)}"
-
-
-def finished(wanted: NeedleRun, folder: Path) -> bool:
-    """Tell whether a training run in ``folder`` has reached its last step."""
-    return (folder / "curve.csv").exists() and read_curve(folder)[-1]["step"] >= wanted.train.steps
-
-
 def trained(wanted: NeedleRun, base: LanguageModel, folder: Path) -> DocToLoRA:
     """Train, or resume, in ``folder``; the model's initialisation depends on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(wanted.train.seed)
-        most = wanted.stream.max_chunks if wanted.stream.compose_share else None
-        model = DocToLoRA(base, wanted.hypernet, wanted.chunk, trained_chunks=most)
+    most = wanted.stream.max_chunks if wanted.stream.compose_share else None
+    model = fresh(wanted, base, trained_chunks=most)
     stream = NeedleTraining(base.tokenizer, wanted.stream, wanted.train_chunk, wanted.train.seed)
 
     def held_out(_: int) -> dict[str, float]:
@@ -112,48 +88,6 @@ def trained(wanted: NeedleRun, base: LanguageModel, folder: Path) -> DocToLoRA:
 
     fit(model, examples, wanted.train, folder, evaluate=held_out)
     return model
-
-
-def ship(
-    wanted: NeedleRun, model: DocToLoRA, folder: Path, target: Path, *, figure: str, scale: str
-) -> None:
-    """Write a trained hypernetwork to ``target`` with its curve and a card made from the run."""
-    curve = read_curve(folder)
-    facts = {"run": to_dict(wanted), "steps_done": int(curve[-1]["step"])}
-    save_model(target, model, facts, dtype=torch.bfloat16)
-    shutil.copy(folder / "curve.csv", target / "curve.csv")
-    write_text(target / "README.md", _card(wanted, model, curve, f"{figure} --scale {scale}"))
-
-
-def weights_dir(figure: str, scale: str, seed: int) -> Path:
-    """Return the folder of a hypernetwork that ships."""
-    return paper_dir() / "weights" / figure / scale / f"seed{seed}"
-
-
-def shipped_seeds(figure: str, scale: str) -> list[int]:
-    """List the training seeds whose hypernetworks ship."""
-    found = weights_dir(figure, scale, 0).parent.glob("seed*/config.json")
-    return sorted(int(f.parent.name.removeprefix("seed")) for f in found)
-
-
-def load_shipped(figure: str, runs: dict[int, NeedleRun], scale: str) -> dict[int, DocToLoRA]:
-    """Load the shipped hypernetwork of every seed in ``runs``.
-
-    Raises ValueError naming the settings when one was trained by another recipe than its run asks
-    for; the evaluation may differ.
-    """
-    folders = {seed: weights_dir(figure, scale, seed) for seed in runs}
-    for seed, wanted in runs.items():
-        recorded = json.loads((folders[seed] / "config.json").read_text())["metadata"]["run"]
-        there, here = flatten(from_dict(NeedleRun, recorded)), flatten(wanted)
-        other = [k for k in here if not k.startswith("eval.") and here[k] != there.get(k)]
-        if other:
-            raise ValueError(
-                f"{folders[seed]} was trained with other settings than scale {scale} has now "
-                f"({', '.join(other)}): train again with --retrain"
-            )
-    base = load(next(iter(runs.values())))
-    return {seed: load_model(folder, base) for seed, folder in folders.items()}
 
 
 def measure(
@@ -236,7 +170,7 @@ def _decoding(wanted: NeedleRun) -> dict[str, int]:
     return {"batch": wanted.eval.batch, "max_new_tokens": wanted.eval.max_new_tokens}
 
 
-def _card(wanted: NeedleRun, model: DocToLoRA, curve: list[dict[str, float]], which: str) -> str:
+def card(wanted: NeedleRun, model: DocToLoRA, curve: Curve, which: str) -> str:
     """Write the model card from the run itself."""
     last = {k: v for row in curve for k, v in row.items()}
     held_out = [k for k in last if k.startswith(("exact_", "wrong_"))]

@@ -26,8 +26,9 @@ class ContextEncoder:
 
     per_layer_activations: the input of each kept layer, then the final norm's output, so L features
     for L layers.  early_exit: one feature, the final norm of the state after ``layer_idx`` layers.
-    embed_only: the input of layer 0; no layer runs.  With ``next_token`` every feature is joined with
-    the embedding of the token that follows (scaled to unit mean square; zero at a chunk's end).
+    embed_only: the input of layer 0; no layer runs.  With ``next_token`` every feature is joined
+    with the embedding of the token that follows (scaled to unit mean square; zero at the end of a
+    chunk).
 
     ``layout`` "packed" needs flash attention or transformers' own packed masks, "padded" works
     everywhere; both give the same features.  Raises ValueError for a layer that is not there.

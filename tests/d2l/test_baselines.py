@@ -14,7 +14,7 @@ from d2l.baselines.distilled import fresh_lora
 from d2l.baselines.prompted import cut_middle, select_surprising, sentence_chunks
 from d2l.checkpoint import load_model
 from d2l.data.needle import NeedleGenerator
-from d2l.experiments.needle import weights_dir
+from d2l.experiments.shipped import weights_dir
 from d2l.lm.base import LanguageModel, load_base
 from d2l.lm.hooks import applied
 from d2l.lora import route_rows

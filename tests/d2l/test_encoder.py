@@ -106,3 +106,21 @@ def test_layers_that_are_not_there_are_refused(config):
 def test_empty_chunks_are_refused(lengths):
     with pytest.raises(ValueError, match="at least one token"):
         ContextEncoder(language_model().model, EncoderConfig())(chunks(*lengths), print)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_features_are_joined_with_the_next_token(layout):
+    model, ids = language_model().model, chunks(*LENGTHS, 1)
+    config = EncoderConfig("early_exit", layer_idx=1, next_token=True)
+    (found,) = features(model, config, ids, layout)
+    (plain,) = features(model, EncoderConfig("early_exit", layer_idx=1), ids, layout)
+    assert found.shape[1] == ContextEncoder(model, config).d_model == 2 * plain.shape[1]
+    torch.testing.assert_close(found[:, : plain.shape[1]], plain)
+    table, row = model.get_input_embeddings().weight, 0
+    for chunk in ids:
+        for after in [*chunk[1:].tolist(), None]:
+            expected = torch.zeros(table.shape[1])
+            if after is not None:
+                expected = table[after] / table[after].square().mean().sqrt()
+            torch.testing.assert_close(found[row, plain.shape[1] :], expected, rtol=1e-3, atol=1e-3)
+            row += 1

@@ -8,7 +8,7 @@ from d2l_kernels import Segments
 from tiny_models import SMALL, adapters, doc_to_lora, hypernet_config, language_model
 
 from d2l.config import LoraConfig
-from d2l.hypernet import Hypernet, TargetShapes
+from d2l.hypernet import CopyPath, Hypernet, TargetShapes
 
 TARGETS = TargetShapes(
     (0, 1, 2), {"down_proj": 40, "up_proj": 30}, {"down_proj": 30, "up_proj": 50}
@@ -159,3 +159,42 @@ def test_mlp_dropout_acts_in_training_only():
     mlp = built.mlps[0]
     assert not torch.equal(mlp.train()(x), mlp(x))
     assert torch.equal(mlp.eval()(x), mlp(x))
+
+
+def test_the_copy_path_reads_one_place_of_its_own_chunk():
+    """Against attention written out in float64, one row at a time."""
+    torch.manual_seed(0)
+    path = CopyPath(6, 5, 4).double()
+    features, latents = torch.randn(7, 6).double(), torch.randn(3, 2, 5).double()
+    segments = Segments((4, 1, 2))
+    found = path(latents, features, segments)
+    eps = path.norm_features.eps
+    for seg, start, end in ((0, 0, 4), (1, 4, 5), (2, 5, 7)):
+        f = features[start:end]
+        f = f / (f.square().mean(1, keepdim=True) + eps).sqrt() * path.norm_features.weight
+        for row in range(2):
+            z = latents[seg, row]
+            z = z / (z.square().mean() + eps).sqrt() * path.norm_latents.weight
+            scores = torch.stack([path.k.weight @ x @ (path.q.weight @ z) for x in f]) / 2
+            expected = sum(
+                p * (path.v.weight @ x) for p, x in zip(scores.softmax(0), f, strict=True)
+            )
+            torch.testing.assert_close(found[seg, row], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_copy_path_adds_to_both_factors_and_starts_at_zero():
+    built = hypernet(d_copy=6)
+    with torch.no_grad():
+        for p in built.scaler_B.values():
+            p.fill_(1.0)
+    features, segments = [torch.randn(5, 16) for _ in range(3)], Segments((2, 3))
+    before = built(features, segments)
+    with torch.no_grad():
+        built.copy_A.zero_()
+        built.copy_B.zero_()
+    after = built(features, segments)
+    for m in ("down_proj", "up_proj"):
+        assert (before.A[m] - after.A[m]).abs().max() > 1e-3
+        assert (before.B[m] - after.B[m]).abs().max() > 1e-3
+    loras = adapters(doc_to_lora(trained=False, d_copy=6), [1, 2])
+    assert not loras.delta_W(1, 2, "down_proj").any()

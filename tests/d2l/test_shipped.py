@@ -9,7 +9,7 @@ import pytest
 from d2l.data.needle import NeedleGenerator
 from d2l.evaluate import answer_internalized
 from d2l.experiments.fig2 import config
-from d2l.experiments.needle import load_shipped, shipped_seeds, weights_dir
+from d2l.experiments.shipped import load_shipped, shipped_seeds, weights_dir
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small"])

@@ -1,0 +1,382 @@
+"""The fact-internalising run that figures and tables share: its config, training and evaluation.
+
+Documents come from the invented encyclopedia; every method of `d2l.baselines` answers the same
+questions about the same held-out documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import shutil
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from ..baselines import (
+    DistillConfig,
+    Method,
+    Reply,
+    Setting,
+    compressed,
+    d2l_batched,
+    d2l_iterative,
+    d2l_with_truncated_context,
+    distilled,
+    in_context,
+    retrieved,
+    truncated_context,
+    without_context,
+)
+from ..baselines.setting import reply_to
+from ..config import ChunkConfig, HypernetConfig
+from ..data.encyclopedia import LEXICONS, EncyclopediaGenerator
+from ..data.example import Example
+from ..data.fact_training import FactStream, FactTraining
+from ..data.record import Record
+from ..lm.base import LanguageModel
+from ..measures_qa import by_method
+from ..meter import Meter
+from ..model import DocToLoRA
+from ..qa_metrics import QaScore, score
+from ..teacher import HfTeacher
+from ..train import TrainConfig
+from ..train import train as fit
+from .base import Run
+from .shipped import Curve, finished, fresh, load, load_shipped, run_dir, shipped_seeds
+
+COLUMNS = (
+    "series", "part", "n_facts", "n_docs", "n", "f1", "recall", "exact", "relative", "relative_low",
+    "relative_high", "context_ratio", "update_s", "update_mib", "generation_s", "generation_mib",
+    "adapter_mib", "seed",
+)  # fmt: skip
+Metric = Literal["f1", "recall"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FactEval:
+    """Held-out documents: how many of each number of facts, and how each method is asked.
+
+    ``metric`` is what ``relative`` compares (the paper: F1, recall for verbose models).  Slow
+    methods (distillation) see the first ``n_slow`` documents only; memory is counted on the first
+    ``n_metered``.
+    """
+
+    n_facts: tuple[int, ...] = (8,)
+    n_docs: tuple[int, ...] = (50,)
+    n_questions: int = 4
+    n_slow: int = 5
+    n_metered: int = 2
+    rates: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
+    cd_queries: tuple[int, ...] = (20,)
+    cd_epochs: int = 300
+    cd_lr: float = 1e-4
+    metric: Metric = "f1"
+    forms: str = "test"
+    max_new_tokens: int = 16
+    seed: int = 4321
+
+
+@dataclasses.dataclass(frozen=True)
+class FactRun:
+    """Everything that a run depends on."""
+
+    base: str
+    dtype: Literal["float32", "bfloat16"]
+    hypernet: HypernetConfig
+    chunk: ChunkConfig
+    stream: FactStream
+    train: TrainConfig
+    eval: FactEval
+
+
+def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
+    """Train, or resume, in ``folder``; the model's initialisation depends on the seed alone."""
+    model = fresh(wanted, base)
+    stream = FactTraining(base.tokenizer, wanted.stream, wanted.chunk, wanted.train.seed)
+    teacher = HfTeacher(base) if wanted.train.loss == "kl" else None
+
+    def held_out(_: int) -> dict[str, float]:
+        records = documents(wanted, wanted.stream.max_facts, 40, shift=10_000)
+        own, wrong = quick_scores(model, records, wanted.eval.max_new_tokens)
+        return {"held_out": own, "held_out_wrong": wrong}
+
+    def examples(step: int, level: float) -> list[Example]:
+        return stream.batch(step, wanted.train.docs_per_step, level, teacher)
+
+    fit(model, examples, wanted.train, folder, evaluate=held_out)
+    return model
+
+
+def models(
+    figure: str, wanted: FactRun, standard: FactRun, scale: str, *, retrain: bool
+) -> dict[int, DocToLoRA]:
+    """Return the models to evaluate by training seed: those that ship, or one trained for this."""
+    seed = wanted.train.seed
+    seeds = shipped_seeds(figure, scale)
+    ships = dataclasses.replace(wanted, eval=standard.eval) == standard and seed in seeds
+    if ships and not retrain:
+        runs = {
+            s: dataclasses.replace(standard, train=dataclasses.replace(standard.train, seed=s))
+            for s in (seeds if seed == 0 else [seed])
+        }
+        return load_shipped(figure, runs, scale)
+    folder = run_dir(wanted, f"{figure}-{scale}")
+    if retrain and finished(wanted, folder):
+        shutil.rmtree(folder)
+    return {seed: trained(wanted, load(wanted), folder)}
+
+
+@torch.no_grad()
+def quick_scores(
+    model: DocToLoRA, records: Sequence[Record], max_new_tokens: int
+) -> tuple[float, float]:
+    """Return mean recall with the right and with another document's adapter, one batch each."""
+    loras = model.internalize([r.document for r in records])
+    questions = [r.questions[0] for r in records]
+    n = len(records)
+    out = []
+    for shift in (0, 1):
+        docs = [(i + shift) % n for i in range(n)]
+        texts = [q.text for q in questions]
+        answers = model.generate(texts, loras, docs, max_new_tokens=max_new_tokens)
+        pairs = zip(answers, questions, strict=True)
+        out.append(statistics.fmean(score(a, q.answers).recall for a, q in pairs))
+    return out[0], out[1]
+
+
+def documents(wanted: FactRun, n_facts: int, n: int, *, shift: int = 0) -> list[Record]:
+    """Draw held-out documents: names of the test split, in the forms that the config names."""
+    e = wanted.eval
+    generator = EncyclopediaGenerator(
+        "test",
+        vocabulary=wanted.stream.vocabulary,
+        forms=e.forms,
+        values=wanted.stream.values,
+        words=wanted.stream.words,
+        distractors=wanted.stream.distractors,
+    )
+    rng = random.Random(f"held-out/{e.seed + shift}/{n_facts}")
+    n_questions = min(e.n_questions, n_facts)
+    return [generator.sample(rng, n_facts, n_questions) for _ in range(n)]
+
+
+def asker(wanted: FactRun, records: Iterable[Record]) -> Any:
+    """Return ``ask(document, n)``: questions in training forms about the facts of a record.
+
+    They stand for what a capable model would ask; the bases at these scales write none.
+    """
+    by_document = {r.document: r for r in records}
+    lexicon = LEXICONS[wanted.stream.vocabulary]
+    known = {a.name: a for listed in lexicon.attributes.values() for a in listed}
+
+    def ask(document: str, n: int) -> list[str]:
+        found = [
+            form.text.format(e=fact.entity, n=known[fact.attribute].noun)
+            for fact in by_document[document].facts
+            if fact.attribute in known
+            for form in known[fact.attribute].questions.of("train")
+        ]
+        random.Random(document).shuffle(found)
+        return found[:n]
+
+    return ask
+
+
+def wrong_document(records: Sequence[Record]) -> Method:
+    """Return the control: D2L with the adapter of the next document of ``records``."""
+    following = {
+        r.document: records[(i + 1) % len(records)].document for i, r in enumerate(records)
+    }
+
+    def method(setting: Setting, document: str, questions: Sequence[str]) -> list[Reply]:
+        model = setting.hypernet
+        assert model is not None
+        loras = model.internalize(following[document])
+        return [reply_to(setting, document, q, Meter(), loras=loras) for q in questions]
+
+    return method
+
+
+def methods(wanted: FactRun, records: Sequence[Record]) -> dict[tuple[str, str], Method]:
+    """List every method by (series, part), those that train on each document last."""
+    e = wanted.eval
+    found: dict[tuple[str, str], Method] = {
+        ("base_with_context", ""): in_context,
+        ("base_without_context", ""): without_context,
+        ("truncated_context", "half"): truncated_context,
+        **{("selective_context", f"{rate:g}"): compressed(rate) for rate in e.rates},
+        ("retrieved", ""): retrieved(32),
+        ("d2l", "batched"): d2l_batched,
+        ("d2l", "iterative"): d2l_iterative,
+        ("d2l_with_truncated_context", "half"): d2l_with_truncated_context,
+        ("wrong_document", ""): wrong_document(records),
+    }
+    if e.n_slow:
+        oracle = DistillConfig(epochs=e.cd_epochs, lr=e.cd_lr)
+        found["cd_oracle", ""] = distilled(oracle)
+        for n in e.cd_queries:
+            found["cd_generated", str(n)] = distilled(dataclasses.replace(oracle, n_queries=n))
+    return found
+
+
+def measure(
+    wanted: FactRun,
+    model: DocToLoRA,
+    *,
+    seed: int,
+    only: Iterable[str] | None = None,
+) -> pd.DataFrame:
+    """Ask every method (or the series in ``only``) about the held-out documents.
+
+    One row for each method and number of facts, columns as in ``COLUMNS``.  ``relative`` is the
+    metric over that of the base with the document in context on the same questions, its interval
+    a bootstrap over documents.
+    """
+    base, rows = model.base, []
+    for n_facts, n_docs in zip(wanted.eval.n_facts, wanted.eval.n_docs, strict=True):
+        records = documents(wanted, n_facts, n_docs)
+        ask = asker(wanted, records)
+        chosen = methods(wanted, records)
+        picked = {k: m for k, m in chosen.items() if only is None or k[0] in only}
+        reference: dict[str, list[QaScore]] = {}
+        for (series, part), method in tqdm(picked.items(), desc=f"{n_facts} facts", unit="method"):
+            slow = series.startswith("cd_")
+            asked = records[: wanted.eval.n_slow] if slow else records
+            half = max(1, len(base.tokenizer(asked[0].document).input_ids) // 2)
+            setting = Setting(
+                base,
+                model,
+                max_new_tokens=wanted.eval.max_new_tokens,
+                context_tok=half if part == "half" else None,
+                ask=ask,
+            )
+            scores, replies = _ask_all(setting, method, asked)
+            if not reference:
+                reference = scores
+            metered = dataclasses.replace(setting, count_memory=True)
+            few = asked[: 1 if slow else wanted.eval.n_metered]
+            measured = [
+                r for record in few for r in method(metered, record.document, _texts(record))
+            ]
+            rows.append(
+                {"series": series, "part": part, "n_facts": n_facts, "n_docs": len(asked)}
+                | _row(scores, replies, measured, reference, wanted.eval.metric)
+                | {"seed": seed}
+            )
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+class QaRun(Run):
+    """A run whose table has one row for each method and number of facts."""
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row a method, seeds and numbers of facts averaged."""
+        shown = ["recall", "f1", "exact", "relative", "context_ratio", "update_s", "update_mib",
+                 "generation_s", "generation_mib", "adapter_mib"]  # fmt: skip
+        return by_method(self.table, shown).round(4)
+
+    def by_facts(self) -> pd.DataFrame:
+        """Return the metric by number of facts (rows) and method (columns)."""
+        named = self.table.assign(method=self.table["series"] + " " + self.table["part"].fillna(""))
+        return named.pivot_table(
+            index="n_facts", columns="method", values=self.context["metric"], sort=False
+        ).round(3)
+
+
+def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
+    """Write the model card from the run itself."""
+    last = {k: v for row in curve for k, v in row.items()}
+    n_params = sum(p.numel() for p in model.hypernet.parameters())
+    s, t = wanted.stream, wanted.train
+    return f"""# Fact hypernetwork for {wanted.base} ({which}, seed {t.seed})
+
+Turns a document of the invented encyclopedia into LoRA factors for
+`{", ".join(wanted.hypernet.lora.target_modules)}` of a frozen `{wanted.base}`, which then answers
+questions about it without having it in its context.
+
+- Parameters: {n_params / 1e6:.2f} M, stored as bfloat16 safetensors. Licence: MIT.
+- Base fingerprint: `{model.base.fingerprint}`. Another base is refused or warned about.
+- Data: generated, stream seed {t.seed}; {curve[-1]["step"]:.0f} of {t.steps} steps of
+  {t.docs_per_step} documents of 1 to {s.max_facts} facts, {s.queries_per_doc} questions each,
+  vocabulary {s.vocabulary}, loss {t.loss}; the curriculum ended at level {last["level"]:.2f}.
+- Everything else: `config.json`. Training curve: `curve.csv`. Make it again:
+  `just train {which} --seed {t.seed}`.
+
+Held-out documents of {s.max_facts} facts at the last step, recall of the answer: right document
+{last["held_out"]:.2f}, another document's adapter {last["held_out_wrong"]:.2f}.  The full
+evaluation is in `results/`.
+"""
+
+
+def _texts(record: Record) -> list[str]:
+    return [q.text for q in record.questions]
+
+
+def _ask_all(
+    setting: Setting, method: Method, records: Sequence[Record]
+) -> tuple[dict[str, list[QaScore]], list[Reply]]:
+    scores: dict[str, list[QaScore]] = {}
+    replies: list[Reply] = []
+    for record in records:
+        answered = method(setting, record.document, _texts(record))
+        pairs = zip(answered, record.questions, strict=True)
+        scores[record.document] = [score(r.text, q.answers) for r, q in pairs]
+        replies += answered
+    return scores, replies
+
+
+def _row(
+    scores: Mapping[str, list[QaScore]],
+    replies: Sequence[Reply],
+    metered: Sequence[Reply],
+    reference: Mapping[str, list[QaScore]],
+    metric: Metric,
+) -> dict[str, float]:
+    every = [s for listed in scores.values() for s in listed]
+    low, mid, high = _relative(scores, reference, metric)
+    mean = statistics.fmean
+    return {
+        "n": len(every),
+        "f1": mean(s.f1 for s in every),
+        "recall": mean(s.recall for s in every),
+        "exact": mean(s.exact for s in every),
+        "relative": mid,
+        "relative_low": low,
+        "relative_high": high,
+        "context_ratio": mean(r.context_ratio for r in replies),
+        "update_s": mean(r.update.seconds for r in replies),
+        "update_mib": max(r.update.peak_mib for r in metered),
+        "generation_s": mean(r.generation.seconds for r in replies),
+        "generation_mib": max(r.generation.peak_mib for r in metered),
+        "adapter_mib": mean(r.adapter_mib for r in replies),
+    }
+
+
+def _relative(
+    scores: Mapping[str, list[QaScore]],
+    reference: Mapping[str, list[QaScore]],
+    metric: Metric,
+    n_draws: int = 1000,
+) -> tuple[float, float, float]:
+    """Return the ratio of sums with a 95 % bootstrap interval over documents."""
+    pairs = [
+        (
+            math.fsum(getattr(s, metric) for s in listed),
+            math.fsum(getattr(s, metric) for s in reference[document]),
+        )
+        for document, listed in scores.items()
+    ]
+    rng = random.Random(0)
+
+    def ratio(drawn: Sequence[tuple[float, float]]) -> float:
+        return sum(a for a, _ in drawn) / max(1e-9, sum(b for _, b in drawn))
+
+    draws = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(n_draws))
+    return draws[n_draws // 40], ratio(pairs), draws[-n_draws // 40 - 1]

@@ -1,0 +1,89 @@
+"""Named numbers read off a table of question answering, for claims.toml (see d2l.measures).
+
+A row is one method (``series`` with its ``part``) at one number of facts; seeds are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from .measures import Measurement, NotTestable, measure
+
+
+def cell(table: pd.DataFrame, column: str, series: str, part: str = "") -> float:
+    """Return a column's mean over seeds and numbers of facts, weighted by questions.
+
+    Raises NotTestable where the method was not run or the column not measured.
+    """
+    rows = table[(table["series"] == series) & (table["part"].fillna("").astype(str) == part)]
+    rows = rows[rows[column].notna()]
+    if rows.empty:
+        raise NotTestable(f"{_name(series, part)} has no measured {column}")
+    return float((rows[column] * rows["n"]).sum() / rows["n"].sum())
+
+
+@measure
+def qa_value(
+    table: pd.DataFrame, context: Mapping[str, Any], *, column: str, series: str, part: str = ""
+) -> Measurement:
+    """Read a method's own number, e.g. its recall."""
+    value = cell(table, column, series, part)
+    return Measurement(value, f"{column} of {_name(series, part)}")
+
+
+@measure
+def qa_ratio(
+    table: pd.DataFrame,
+    context: Mapping[str, Any],
+    *,
+    column: str,
+    series: str,
+    of: str,
+    part: str = "",
+    of_part: str = "",
+) -> Measurement:
+    """Divide a method's number by another's; NotTestable where the other is 0."""
+    ours, theirs = cell(table, column, series, part), cell(table, column, of, of_part)
+    if theirs == 0:
+        raise NotTestable(f"{column} of {_name(of, of_part)} is 0")
+    return Measurement(
+        ours / theirs,
+        f"{column}: {ours:.3g} of {_name(series, part)}, {theirs:.3g} of {_name(of, of_part)}",
+    )
+
+
+@measure
+def qa_difference(
+    table: pd.DataFrame,
+    context: Mapping[str, Any],
+    *,
+    column: str,
+    series: str,
+    of: str,
+    part: str = "",
+    of_part: str = "",
+) -> Measurement:
+    """Subtract another method's number from a method's."""
+    ours, theirs = cell(table, column, series, part), cell(table, column, of, of_part)
+    return Measurement(
+        ours - theirs,
+        f"{column}: {ours:.3g} of {_name(series, part)}, {theirs:.3g} of {_name(of, of_part)}",
+    )
+
+
+def by_method(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Average ``columns`` over seeds and numbers of facts, one row a method, in the table's order."""
+    keyed = table.assign(part=table["part"].fillna("").astype(str))
+    rows = []
+    for (series, part), group in keyed.groupby(["series", "part"], sort=False):
+        weights = group["n"]
+        mean = {c: float((group[c] * weights).sum() / weights.sum()) for c in columns}
+        rows.append({"series": series, "part": part, **mean, "n": int(weights.sum())})
+    return pd.DataFrame(rows)
+
+
+def _name(series: str, part: str) -> str:
+    return f"{series} ({part})" if part else series
