@@ -75,7 +75,7 @@ def qa_difference(
 
 
 def by_method(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Average ``columns`` over seeds and numbers of facts, one row a method, in the table's order."""
+    """Average ``columns`` over seeds and numbers of facts; one row a method, in order."""
     keyed = table.assign(part=table["part"].fillna("").astype(str))
     rows = []
     for (series, part), group in keyed.groupby(["series", "part"], sort=False):

@@ -138,14 +138,11 @@ def quick_scores(
     model: DocToLoRA, records: Sequence[Record], max_new_tokens: int
 ) -> tuple[float, float]:
     """Return mean recall with the right and with another document's adapter, one batch each."""
-    loras = model.internalize([r.document for r in records])
+    adapters = model.internalize_batch(r.document for r in records)
     questions = [r.questions[0] for r in records]
-    n = len(records)
-    out = []
-    for shift in (0, 1):
-        docs = [(i + shift) % n for i in range(n)]
-        texts = [q.text for q in questions]
-        answers = model.generate(texts, loras, docs, max_new_tokens=max_new_tokens)
+    texts, out = [q.text for q in questions], []
+    for asked in (adapters, [*adapters[1:], adapters[0]]):
+        answers = model.generate(texts, asked, max_new_tokens=max_new_tokens)
         pairs = zip(answers, questions, strict=True)
         out.append(statistics.fmean(score(a, q.answers).recall for a, q in pairs))
     return out[0], out[1]
@@ -198,7 +195,8 @@ def wrong_document(records: Sequence[Record]) -> Method:
     def method(setting: Setting, document: str, questions: Sequence[str]) -> list[Reply]:
         model = setting.hypernet
         assert model is not None
-        loras = model.internalize(following[document])
+        base = setting.base
+        loras = model.internalize(following[document]).batch(base.device, base.model.dtype)
         return [reply_to(setting, document, q, Meter(), loras=loras) for q in questions]
 
     return method

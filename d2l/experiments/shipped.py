@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -21,6 +21,7 @@ from ..train import TrainConfig, read_curve
 Curve = list[dict[str, float]]
 
 
+@runtime_checkable
 class TrainedRun(Protocol):
     """What the configs of all such runs have; everything but ``eval`` decides the weights."""
 
