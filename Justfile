@@ -84,7 +84,7 @@ notebooks: _setup
     @{{ python }} -m d2l notebooks
 
 # Everything that guards the main branch
-ci: lint types notebooks test
+ci: lint types notebooks test-lab test
 
 _setup:
     #!/usr/bin/env bash

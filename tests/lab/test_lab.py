@@ -1,6 +1,7 @@
 import os
 import re
 
+import d2l
 import pytest
 from document_files import epub
 from playwright.sync_api import expect
@@ -92,9 +93,11 @@ def test_chat_takes_an_uploaded_book_and_silences_it(chat):
     book = epub("The grass is green.", f"The sky is blue. {sentence}")
     upload(chat, "book.epub", book)
     expect(chat.tab.get_by_text("press Read it")).to_be_visible(timeout=LIMIT_S * 1000)
-    assert sentence in chat.tab.get_by_placeholder("Paste a document").input_value()
+    text = chat.tab.get_by_placeholder("Paste a document").input_value()
+    assert sentence in text
     read(chat)
-    assert ask(chat, QUESTION)["D2L"] == "5120"
+    model = d2l.DocToLoRA.from_pretrained(MODEL)
+    assert ask(chat, QUESTION)["D2L"] == model.ask(QUESTION, model.internalize(text))
 
     slider = chat.tab.locator(".widget-slider .noUi-handle")
     slider.focus()
