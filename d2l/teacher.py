@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -14,7 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .lm.base import KNOWN_BASES, LanguageModel, load_base
+from .data.example import Example, Query
+from .data.record import Record
+from .lm.base import KNOWN_BASES, LanguageModel, load_base, render_chat
+
+TOP_K, MAX_ANSWER_TOK = 16, 32
 
 
 @dataclass(frozen=True)
@@ -172,3 +177,22 @@ def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
+
+
+def taught(
+    examples: Sequence[Example], records: Sequence[Record], teacher: Teacher
+) -> list[Example]:
+    """Replace the answers by those of a teacher that reads the document, with its top 16."""
+    texts = [f"{r.document}\n\n{q.text}" for r in records for q in r.questions]
+    prompts = [render_chat(teacher.tokenizer, text) for text in texts]
+    replies = iter(teacher.reply(prompts, MAX_ANSWER_TOK, TOP_K))
+    return [
+        dataclasses.replace(
+            e,
+            queries=tuple(
+                Query(q.prompt, reply.ids, reply.logprob, reply.idx)
+                for q, reply in zip(e.queries, replies, strict=False)
+            ),
+        )
+        for e in examples
+    ]

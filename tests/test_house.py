@@ -26,7 +26,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
-RESULTS = {"artifacts", "measures", "claims", "figures"}
+RESULTS = {"artifacts", "measures", "measures_qa", "claims", "figures"}
 
 # rooms of d2l from the ground up; a room may use its own floor and those below
 EXPERIMENTS_ONLY = RESULTS | {
@@ -34,7 +34,7 @@ EXPERIMENTS_ONLY = RESULTS | {
     "data.needle", "data.needle_training", "data.prose", "lm.tiny", "lm.vocabulary",
     "cli.reproducing", "tiny_needle", "tiny_qa", "qa_metrics", "baselines", "self_generate",
     "teacher", "meter", "data.record", "data.public", "data.encyclopedia",
-    "data.encyclopedia_questions", "data.lexicon", "data.lexicon_open", "data.lexicon_closed",
+    "data.encyclopedia_questions", "data.fact_training", "data.lexicon", "data.lexicon_open", "data.lexicon_closed",
 }  # fmt: skip
 # what talks to people, reads their files and fetches: a core that is read in an afternoon does
 # without it, and it has a ceiling of its own

@@ -35,8 +35,9 @@ class EncyclopediaGenerator:
     ``names``.  ``words`` is ``seen``, or ``heldout`` for the sixth of each word list that training
     never uses, or ``all``.  ``forms`` asks for the sentences and questions of another split than
     the names, or of ``all``.  ``distractors`` is the share of a document's facts that concern other
-    entities than its first; ``pronouns`` how often a sentence says *it* after one about the same
-    entity.
+    entities than its first; without ``rivals`` no two entities of a document are of one type, so
+    that an attribute alone tells whose fact is asked for, and there are at most as many facts as
+    attributes.  ``pronouns`` is how often a sentence says *it* after one about the same entity.
 
     >>> generator = EncyclopediaGenerator("test", distractors=0.0)
     >>> record = generator.sample(random.Random(0), n_facts=1, n_questions=1)
@@ -55,6 +56,7 @@ class EncyclopediaGenerator:
         words: str = "seen",
         forms: str | None = None,
         distractors: float = 0.25,
+        rivals: bool = True,
         pronouns: float | None = None,
     ) -> None:
         _check_among("split", (split,), ("train", "test"))
@@ -66,7 +68,7 @@ class EncyclopediaGenerator:
             raise ValueError(f"distractors is a share from 0 to below 1, got {distractors}")
         self.split, self.vocabulary, self.words = split, vocabulary, words
         self.forms: str = forms or split
-        self.distractors = distractors
+        self.distractors, self.rivals = distractors, rivals
         self.pronouns = (0.25 if vocabulary == "open" else 0.0) if pronouns is None else pronouns
         self.lexicon: Lexicon = LEXICONS[vocabulary]
         self._attributes = {
@@ -140,19 +142,36 @@ class EncyclopediaGenerator:
         rng.shuffle(linked)
         while len(draft.stated) < n_facts:
             to_compare = "numeric" in kinds and len(draft.entities) == 1 + ("two_hop" in kinds)
-            if linked and not to_compare and ("two_hop" in kinds or rng.random() < 0.5):
+            if not self.rivals:
+                other = self._stranger(draft, linked)
+            elif linked and not to_compare and ("two_hop" in kinds or rng.random() < 0.5):
                 name, of = linked.pop()
                 other = self._entity(draft, of, name)
             else:
                 other = self._entity(draft, main.of)
             rest = n_facts - len(draft.stated)
-            if rest > 2 and "two_hop" not in kinds:
+            if self.rivals and rest > 2 and "two_hop" not in kinds:
                 rest = min(rest, 1 + int(rng.random() * _MOST_PER_ENTITY))
             self._describe(draft, other, rest, self._confusable(draft, main, other, kinds))
 
+    def _stranger(self, draft: Draft, linked: Sequence[tuple[str, str]]) -> Entity:
+        """Add an entity of a type that the document does not have, by its link where it has one.
+
+        Raises ValueError when every type is there.
+        """
+        there = {entity.of for entity in draft.entities}
+        named = {of: name for name, of in linked if of not in there}
+        absent = [of for of, listed in self._attributes.items() if listed and of not in there]
+        if not absent:
+            raise ValueError(
+                f"without rivals a document has at most {len(draft.stated)} facts, not more"
+            )
+        of = draft.rng.choice(absent)
+        return self._entity(draft, of, named.get(of))
+
     def _entity(self, draft: Draft, of: str, name: str | None = None) -> Entity:
         if name is None:
-            name = draft.fresh(of, lambda: self.lexicon.name(draft.rng, of, self.split))
+            name = self._fresh_name(draft, lambda: self.lexicon.name(draft.rng, of, self.split))
         pronoun = ("she", "he")[draft.rng.random() < 0.5] if of == "person" else "it"
         entity = Entity(name, of, pronoun)
         draft.entities.append(entity)
@@ -179,12 +198,16 @@ class EncyclopediaGenerator:
         rng.shuffle(others)
         for what in [*first, *others][: min(n_facts, max(_MOST_PER_ENTITY, len(first)))]:
             if isinstance(what, Rule):
-                key = f"{what.kind} over another"
-                draw = self._draw_pair(rng, what)
+                value = draft.fresh(f"{what.kind} over another", self._draw_pair(rng, what))
+            elif self.lexicon.group(what.kind) == "names":
+                value = self._fresh_name(draft, self._draw_value(rng, what))
             else:
-                key = what.kind
-                draw = self._draw_value(rng, what)
-            draft.state(entity, what, draft.fresh(key, draw))
+                value = draft.fresh(what.kind, self._draw_value(rng, what))
+            draft.state(entity, what, value)
+
+    def _fresh_name(self, draft: Draft, draw: Callable[[], str]) -> str:
+        """Draw a name for this document; where names are pairs of words, none shares a word."""
+        return draft.fresh("name", draw, apart=self.vocabulary == "closed")
 
     def _draw_value(self, rng: random.Random, what: Attribute) -> Callable[[], str]:
         return lambda: self.lexicon.draw(rng, what.kind, self.split, self.words)

@@ -35,15 +35,18 @@ class Draft:
         entity.facts[what.name] = len(self.stated)
         self.stated.append((entity, what, value))
 
-    def fresh(self, key: str, draw: Callable[[], str]) -> str:
-        """Draw a value that this document has not used under ``key``, where there is one left."""
+    def fresh(self, key: str, draw: Callable[[], str], *, apart: bool = False) -> str:
+        """Draw a value that this document has not used under ``key``, where there is one left.
+
+        With ``apart`` no word of it has been used there either.
+        """
         used = self.used.setdefault(key, set())
         value = draw()
-        for _ in range(20):
-            if value not in used:
+        for _ in range(50 if apart else 20):
+            if used.isdisjoint(value.split() if apart else (value,)):
                 break
             value = draw()
-        used.add(value)
+        used.update(value.split() if apart else (value,))
         return value
 
 

@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
 from typing import Any
 
 from ..chunking import fewest_chunks, sample_chunks, split
 from ..config import ChunkConfig
 from ..lm.base import chat_affixes, render_chat
-from ..teacher import Teacher
 from .encyclopedia import EncyclopediaGenerator
 from .example import Example, Query
 from .needle_training import end_of_turn
 from .record import Record
-
-TOP_K, MAX_ANSWER_TOK = 16, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +33,7 @@ class FactStream:
     kinds: tuple[str, ...] = ("recall",)
     values: tuple[str, ...] = ("words", "phrases", "numbers", "names")
     distractors: float = 0.25
+    rivals: bool = True
     words: str = "seen"
     forms: str = "train"
     cut_share: float = 0.0
@@ -55,6 +52,7 @@ class FactTraining:
             words=stream.words,
             forms=stream.forms,
             distractors=stream.distractors,
+            rivals=stream.rivals,
         )
 
     def records(self, step: int, n_docs: int, level: float = 1.0) -> list[Record]:
@@ -63,20 +61,15 @@ class FactTraining:
             self._record(random.Random(f"{self.seed}/{step}/{i}"), level, i) for i in range(n_docs)
         ]
 
-    def batch(
-        self, step: int, n_docs: int, level: float = 1.0, teacher: Teacher | None = None
-    ) -> list[Example]:
-        """Return ``records`` as training examples; a ``teacher`` answers with the document in its
-        prompt, and its top-k goes with the answer.
-        """
+    def batch(self, step: int, n_docs: int, level: float = 1.0) -> list[Example]:
+        """Return ``records`` as training examples."""
         rng = random.Random(f"cut/{self.seed}/{step}")
         cut = self.stream.cut_share if level >= 1.0 else 0.0
         records = self.records(step, n_docs, level)
-        examples = [
+        return [
             fact_example(self._tokenizer, r, self.chunk, rng if rng.random() < cut else None)
             for r in records
         ]
-        return examples if teacher is None else taught(examples, records, teacher)
 
     def _record(self, rng: random.Random, level: float, i: int) -> Record:
         s = self.stream
@@ -85,25 +78,6 @@ class FactTraining:
         kinds = s.kinds if level > 0.5 and i % 2 else ("recall",)
         n_questions = min(s.queries_per_doc, n_facts)
         return self._generator.sample(rng, n_facts, n_questions, kinds)
-
-
-def taught(
-    examples: Sequence[Example], records: Sequence[Record], teacher: Teacher
-) -> list[Example]:
-    """Replace the answers by those of a teacher that reads the document, with its top 16."""
-    texts = [f"{r.document}\n\n{q.text}" for r in records for q in r.questions]
-    prompts = [render_chat(teacher.tokenizer, text) for text in texts]
-    replies = iter(teacher.reply(prompts, MAX_ANSWER_TOK, TOP_K))
-    return [
-        dataclasses.replace(
-            e,
-            queries=tuple(
-                Query(q.prompt, reply.ids, reply.logprob, reply.idx)
-                for q, reply in zip(e.queries, replies, strict=False)
-            ),
-        )
-        for e in examples
-    ]
 
 
 def fact_example(

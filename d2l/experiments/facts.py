@@ -45,7 +45,7 @@ from ..measures_qa import by_method
 from ..meter import Meter
 from ..model import DocToLoRA
 from ..qa_metrics import QaScore, score
-from ..teacher import HfTeacher
+from ..teacher import HfTeacher, taught
 from ..train import TrainConfig
 from ..train import train as fit
 from .base import Run
@@ -108,7 +108,9 @@ def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
         return {"held_out": own, "held_out_wrong": wrong}
 
     def examples(step: int, level: float) -> list[Example]:
-        return stream.batch(step, wanted.train.docs_per_step, level, teacher)
+        drawn = step, wanted.train.docs_per_step, level
+        batch = stream.batch(*drawn)
+        return batch if teacher is None else taught(batch, stream.records(*drawn), teacher)
 
     fit(model, examples, wanted.train, folder, evaluate=held_out)
     return model
@@ -158,6 +160,7 @@ def documents(wanted: FactRun, n_facts: int, n: int, *, shift: int = 0) -> list[
         values=wanted.stream.values,
         words=wanted.stream.words,
         distractors=wanted.stream.distractors,
+        rivals=wanted.stream.rivals,
     )
     rng = random.Random(f"held-out/{e.seed + shift}/{n_facts}")
     n_questions = min(e.n_questions, n_facts)

@@ -82,10 +82,16 @@ def build_tokenizer(words: Sequence[str] | None = None) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast, width: int, n_layers: int) -> LlamaConfig:
+def build_config(
+    tokenizer: PreTrainedTokenizerFast,
+    width: int,
+    n_layers: int,
+    n_heads: int | None = None,
+    rope_theta: float = 10_000.0,
+) -> LlamaConfig:
     """Return the configuration: heads of 32, feed-forward of 3 widths, a window of 512 tokens.
 
-    The usual initial spread of 0.02 is too small for such widths: retrieval then takes three times
+    There are ``width / 32`` heads unless ``n_heads`` says otherwise.  The usual initial spread of 0.02 is too small for such widths: retrieval then takes three times
     as many steps to appear.
     """
     special: dict[str, Any] = {
@@ -97,8 +103,10 @@ def build_config(tokenizer: PreTrainedTokenizerFast, width: int, n_layers: int) 
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=n_layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
+        num_attention_heads=n_heads or width // 32,
+        num_key_value_heads=n_heads or width // 32,
+        head_dim=32,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         max_position_embeddings=WINDOW_TOK,
         initializer_range=0.06,
         tie_word_embeddings=True,
@@ -112,9 +120,45 @@ def build_model(
     *,
     width: int = 128,
     n_layers: int = 4,
+    n_heads: int | None = None,
+    rope_theta: float = 10_000.0,
 ) -> LlamaForCausalLM:
     """Return the untrained model; the same seed gives the same weights."""
-    config = build_config(tokenizer or build_tokenizer(), width, n_layers)
+    config = build_config(tokenizer or build_tokenizer(), width, n_layers, n_heads, rope_theta)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def look_back(model: LlamaForCausalLM, distances: Sequence[int], sharpness: float = 8.0) -> None:
+    """Let head i of the first layer start out attending to the token ``distances[i]`` before.
+
+    What an induction head needs first, and what takes the longest to appear.  Dimension 0 of every
+    embedding becomes one constant, which the output's softmax does not see; queries and keys that
+    see nothing else differ by their rotations alone, so that a score depends on the distance:
+    ``s / n sum_j cos((distance - d) theta_j)`` over ``n`` of the rotation's frequencies, the higher
+    ones for near tokens.  ``sharpness`` is s times n.  Branches into the stream start smaller than
+    usual, so that they do not drown it.
+    """
+    embedding = model.get_input_embeddings().weight
+    spread = float(embedding.std())
+    constant = 3 * spread
+    embedding[:, 0] = constant
+    seen = constant / float(embedding.square().mean().sqrt())
+    first = model.model.layers[0].self_attn
+    half = first.head_dim // 2
+    theta = model.config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+    size = (sharpness * first.head_dim**0.5) ** 0.5 / seen
+    for head, distance in enumerate(distances):
+        slow = distance // 4
+        for weight, angle in ((first.q_proj.weight, 0 * theta), (first.k_proj.weight, distance * theta)):
+            rows = weight[head * 2 * half : (head + 1) * 2 * half]
+            rows *= 0.3
+            rows[:, 0] = 0
+            for j in range(slow, slow + 3 + slow):
+                rows[j, 0] = size * angle[j].cos()
+                rows[j + half, 0] = size * angle[j].sin()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight *= 0.5
+        layer.mlp.down_proj.weight *= 0.2
