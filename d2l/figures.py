@@ -176,8 +176,8 @@ def draw_fig3(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Fi
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, 3, sharey=True)
         for axes, (column, label, log) in zip(panels, _FIG3_AXES, strict=True):
-            positive = points[column][points[column] > 0]
-            edge = float(positive.min()) / 3 if log and len(positive) else 0.0
+            positive = [v for v in points[column] if v > 0]
+            edge = min(positive) / 3 if log and positive else 0.0
             if log:
                 axes.set_xscale("log")
             for series, part, x, y in points[["series", "part", column, "relative"]].itertuples(
@@ -193,7 +193,7 @@ def draw_fig3(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Fi
             axes.set_xlabel(label)
             axes.axhline(1.0, color="0.6", linewidth=0.7, zorder=1)
         panels[0].set_ylabel(f"{metric} relative to the base\nwith the document in its prompt")
-        panels[0].set_ylim(bottom=min(-0.03, float(points["relative"].min()) - 0.03))
+        panels[0].set_ylim(bottom=min(-0.03, min(points["relative"]) - 0.03))
         found = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
         figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4,
                       frameon=False, handletextpad=0.2, columnspacing=1.2)  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from .measures import Measurement, NotTestable, measure
@@ -18,11 +19,11 @@ def cell(table: pd.DataFrame, column: str, series: str, part: str = "") -> float
 
     Raises NotTestable where the method was not run or the column not measured.
     """
-    rows = table[(table["series"] == series) & (table["part"].fillna("").astype(str) == part)]
-    rows = rows[rows[column].notna()]
+    chosen = (table["series"] == series) & (table["part"].fillna("").astype(str) == part)
+    rows = pd.DataFrame(table[chosen]).dropna(subset=[column])
     if rows.empty:
         raise NotTestable(f"{_name(series, part)} has no measured {column}")
-    return float((rows[column] * rows["n"]).sum() / rows["n"].sum())
+    return float(np.average(rows[column], weights=rows["n"]))
 
 
 @measure
@@ -78,10 +79,10 @@ def by_method(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """Average ``columns`` over seeds and numbers of facts; one row a method, in order."""
     keyed = table.assign(part=table["part"].fillna("").astype(str))
     rows = []
-    for (series, part), group in keyed.groupby(["series", "part"], sort=False):
-        weights = group["n"]
-        mean = {c: float((group[c] * weights).sum() / weights.sum()) for c in columns}
-        rows.append({"series": series, "part": part, **mean, "n": int(weights.sum())})
+    for series, part in keyed[["series", "part"]].drop_duplicates().itertuples(index=False):
+        group = keyed[(keyed["series"] == series) & (keyed["part"] == part)]
+        mean = {c: float(np.average(group[c], weights=group["n"])) for c in columns}
+        rows.append({"series": series, "part": part, **mean, "n": int(np.sum(group["n"]))})
     return pd.DataFrame(rows)
 
 

@@ -34,7 +34,8 @@ EXPERIMENTS_ONLY = RESULTS | {
     "data.needle", "data.needle_training", "data.prose", "lm.tiny", "lm.vocabulary",
     "cli.reproducing", "tiny_needle", "tiny_qa", "qa_metrics", "baselines", "self_generate",
     "teacher", "meter", "data.record", "data.public", "data.encyclopedia",
-    "data.encyclopedia_questions", "data.fact_training", "data.lexicon", "data.lexicon_open", "data.lexicon_closed",
+    "data.encyclopedia_questions", "data.fact_training", "data.lexicon", "data.lexicon_open",
+    "data.lexicon_closed",
 }  # fmt: skip
 # what talks to people, reads their files and fetches: a core that is read in an afternoon does
 # without it, and it has a ceiling of its own

@@ -155,7 +155,7 @@ class EncyclopediaGenerator:
             self._describe(draft, other, rest, self._confusable(draft, main, other, kinds))
 
     def _stranger(self, draft: Draft, linked: Sequence[tuple[str, str]]) -> Entity:
-        """Add an entity of a type that the document does not have, by its link where it has one.
+        """Add an entity of a type that the document does not have, a linked one before others.
 
         Raises ValueError when every type is there.
         """
@@ -166,7 +166,7 @@ class EncyclopediaGenerator:
             raise ValueError(
                 f"without rivals a document has at most {len(draft.stated)} facts, not more"
             )
-        of = draft.rng.choice(absent)
+        of = draft.rng.choice(list(named) or absent)
         return self._entity(draft, of, named.get(of))
 
     def _entity(self, draft: Draft, of: str, name: str | None = None) -> Entity:

@@ -46,10 +46,20 @@ from ..meter import Meter
 from ..model import DocToLoRA
 from ..qa_metrics import QaScore, score
 from ..teacher import HfTeacher, taught
+from ..tiny_qa import RECIPE, QaTask
 from ..train import TrainConfig
 from ..train import train as fit
 from .base import Run
-from .shipped import Curve, finished, fresh, load, load_shipped, run_dir, shipped_seeds
+from .shipped import (
+    Curve,
+    finished,
+    fresh,
+    load,
+    load_retrained,
+    load_shipped,
+    run_dir,
+    shipped_seeds,
+)
 
 COLUMNS = (
     "series", "part", "n_facts", "n_docs", "n", "f1", "recall", "exact", "relative", "relative_low",
@@ -132,7 +142,9 @@ def models(
     folder = run_dir(wanted, f"{figure}-{scale}")
     if retrain and finished(wanted, folder):
         shutil.rmtree(folder)
-    return {seed: trained(wanted, load(wanted), folder)}
+    scratch = retrain and wanted.base == "tiny-qa" and scale != "smoke"
+    base = load_retrained(wanted, folder, QaTask(), RECIPE) if scratch else load(wanted)
+    return {seed: trained(wanted, base, folder)}
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from d2l_kernels import use_backend
 
 from ..config import (
@@ -23,14 +22,22 @@ from ..config import (
 )
 from ..data.needle_training import NeedleStream
 from ..figures import draw_fig2
-from ..lm.base import load_base
 from ..model import DocToLoRA
 from ..tiny_needle import NeedleTask
-from ..tiny_training import train_tiny
+from ..tiny_training import TinyTraining
 from ..train import TrainConfig
 from .base import Run, need_gpu_and_model, request
 from .needle import NeedleEval, NeedleRun, card, measure, measure_variants, trained
-from .shipped import finished, load, load_shipped, run_dir, ship, shipped_seeds, weights_dir
+from .shipped import (
+    finished,
+    load,
+    load_retrained,
+    load_shipped,
+    run_dir,
+    ship,
+    shipped_seeds,
+    weights_dir,
+)
 
 BACKENDS = ("auto", "torch", "reference")
 
@@ -242,10 +249,6 @@ def _models(wanted: NeedleRun, scale: str, *, retrain: bool) -> dict[int, DocToL
     folder = run_dir(wanted, f"fig2-{scale}")
     if retrain and finished(wanted, folder):
         shutil.rmtree(folder)
-    if retrain and wanted.base == "tiny" and scale != "smoke":
-        if not (folder / "base").exists():
-            train_tiny(NeedleTask(), folder / "base", seed)
-        base = load_base(str(folder / "base"), dtype=getattr(torch, wanted.dtype))
-    else:
-        base = load(wanted)
+    scratch = retrain and wanted.base == "tiny" and scale != "smoke"
+    base = load_retrained(wanted, folder, NeedleTask(), TinyTraining()) if scratch else load(wanted)
     return {seed: trained(wanted, base, folder)}

@@ -70,11 +70,14 @@ _TINY = {
     ),
     "hypernet.encoder.next_token": True,
     "hypernet.d_copy": 128,
+    "hypernet.lora.rank": 16,
     "hypernet.lora.scale": 8.0,
     "chunk": ChunkConfig(max_tok=256, min_tok=8),
-    "stream": FactStream(vocabulary="closed", max_facts=8, queries_per_doc=4, words="all"),
+    "stream": FactStream(
+        vocabulary="closed", max_facts=8, queries_per_doc=4, words="all", rivals=False
+    ),
     "train": TrainConfig(
-        steps=2000, docs_per_step=32, docs_per_micro_batch=32, lr=2e-3, betas=(0.9, 0.98),
+        steps=1200, docs_per_step=32, docs_per_micro_batch=32, lr=2e-3, betas=(0.9, 0.98),
         warmup=50,
         curriculum=400,
         eval_every=250,
@@ -129,7 +132,7 @@ def run(
         measure(wanted, model, seed=of, only=None if i == 0 else series)
         for i, (of, model) in enumerate(found.items())
     ]
-    return QaRun(
+    drawn = QaRun(
         request=asked,
         config=wanted,
         paper=PAPER,
@@ -140,7 +143,9 @@ def run(
         seconds=time.monotonic() - began,
         draw=draw_fig3,
         columns=COLUMNS,
-    ).save()
+    )
+    drawn.save()
+    return drawn
 
 
 def train(scale: str, seed: int = 0, overrides: dict[str, Any] | None = None) -> Path:

@@ -16,6 +16,7 @@ from ..checkpoint import load_model, save_model
 from ..config import ChunkConfig, HypernetConfig, config_id, flatten, from_dict, to_dict
 from ..lm.base import LanguageModel, load_base, native_dtype
 from ..model import DocToLoRA
+from ..tiny_training import Task, TinyTraining, train_tiny
 from ..train import TrainConfig, read_curve
 
 Curve = list[dict[str, float]]
@@ -52,6 +53,15 @@ def load(wanted: TrainedRun) -> LanguageModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = native_dtype(device, getattr(torch, wanted.dtype))
     return load_base(wanted.base, device=device, dtype=dtype)
+
+
+def load_retrained(
+    wanted: TrainedRun, folder: Path, task: Task, recipe: TinyTraining
+) -> LanguageModel:
+    """Train a tiny base from scratch beside its hypernetwork, unless it is there, and load it."""
+    if not (folder / "base").exists():
+        train_tiny(task, folder / "base", wanted.train.seed, recipe)
+    return load_base(str(folder / "base"), dtype=getattr(torch, wanted.dtype))
 
 
 def fresh(

@@ -26,15 +26,17 @@ from .smollm2 import smollm2_dir
 
 __all__ = [
     "KNOWN_BASES",
+    "SHIPPED_BASES",
     "LanguageModel",
     "chat_affixes",
     "load_base",
     "native_dtype",
     "render_chat",
-    "tiny_dir",
+    "shipped_base",
 ]
 
-KNOWN_BASES = ("tiny", "smollm2-135m")
+SHIPPED_BASES = ("tiny", "tiny-qa")
+KNOWN_BASES = (*SHIPPED_BASES, "smollm2-135m")
 _HUB_TIMEOUT_S = 10.0
 _ESSENTIALS = (
     "model_type",
@@ -142,9 +144,9 @@ def native_dtype(device: str | torch.device, wanted: torch.dtype) -> torch.dtype
     return wanted if native else torch.float32
 
 
-def tiny_dir() -> Path:
-    """Return the folder of the tiny base that ships with the repository."""
-    return weights_home() / "base" / "tiny"
+def shipped_base(name: str) -> Path:
+    """Return the folder of one of ``SHIPPED_BASES``, which lie in the repository."""
+    return weights_home() / "base" / name
 
 
 def fingerprint_of(model: Any) -> str:
@@ -173,11 +175,11 @@ def _locate(name: str) -> tuple[str, bool]:
     """Return a folder, or a hub name and True."""
     if name == "smollm2-135m":
         return str(smollm2_dir()), False
-    folder = tiny_dir() if name == "tiny" else Path(name).expanduser()
+    folder = shipped_base(name) if name in SHIPPED_BASES else Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder), False
-    if name == "tiny":
-        raise FileNotFoundError(f"the tiny base is not in {folder}; train it or restore the folder")
+    if name in SHIPPED_BASES:
+        raise FileNotFoundError(f"base {name} is not in {folder}; train it or restore the folder")
     if folder.is_dir():
         raise ValueError(f"{name!r} is a folder without config.json, so not a Hugging Face model")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

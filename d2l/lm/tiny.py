@@ -91,8 +91,8 @@ def build_config(
 ) -> LlamaConfig:
     """Return the configuration: heads of 32, feed-forward of 3 widths, a window of 512 tokens.
 
-    There are ``width / 32`` heads unless ``n_heads`` says otherwise.  The usual initial spread of 0.02 is too small for such widths: retrieval then takes three times
-    as many steps to appear.
+    There are ``width / 32`` heads unless ``n_heads`` says otherwise.  The usual initial spread of
+    0.02 is too small for such widths: retrieval then takes three times as many steps to appear.
     """
     special: dict[str, Any] = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
@@ -131,15 +131,15 @@ def build_model(
 
 
 @torch.no_grad()
-def look_back(model: LlamaForCausalLM, distances: Sequence[int], sharpness: float = 8.0) -> None:
+def look_back(model: Any, distances: Sequence[int], sharpness: float = 8.0) -> None:
     """Let head i of the first layer start out attending to the token ``distances[i]`` before.
 
     What an induction head needs first, and what takes the longest to appear.  Dimension 0 of every
     embedding becomes one constant, which the output's softmax does not see; queries and keys that
-    see nothing else differ by their rotations alone, so that a score depends on the distance:
-    ``s / n sum_j cos((distance - d) theta_j)`` over ``n`` of the rotation's frequencies, the higher
-    ones for near tokens.  ``sharpness`` is s times n.  Branches into the stream start smaller than
-    usual, so that they do not drown it.
+    see nothing else differ by their rotations alone, so that the score of a token d before is
+    ``sharpness sum_j cos((distance - d) theta_j)`` over some of the rotation's frequencies, the
+    higher ones for near tokens.  Branches into the stream start smaller than usual, so that they do
+    not drown it.
     """
     embedding = model.get_input_embeddings().weight
     spread = float(embedding.std())
@@ -152,13 +152,13 @@ def look_back(model: LlamaForCausalLM, distances: Sequence[int], sharpness: floa
     size = (sharpness * first.head_dim**0.5) ** 0.5 / seen
     for head, distance in enumerate(distances):
         slow = distance // 4
-        for weight, angle in ((first.q_proj.weight, 0 * theta), (first.k_proj.weight, distance * theta)):
+        for weight, turned in ((first.q_proj.weight, 0), (first.k_proj.weight, distance)):
             rows = weight[head * 2 * half : (head + 1) * 2 * half]
             rows *= 0.3
             rows[:, 0] = 0
             for j in range(slow, slow + 3 + slow):
-                rows[j, 0] = size * angle[j].cos()
-                rows[j + half, 0] = size * angle[j].sin()
+                rows[j, 0] = size * (turned * theta[j]).cos()
+                rows[j + half, 0] = size * (turned * theta[j]).sin()
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight *= 0.5
         layer.mlp.down_proj.weight *= 0.2

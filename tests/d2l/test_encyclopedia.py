@@ -276,3 +276,22 @@ def test_a_document_of_some_facts_has_every_kind(vocabulary, kind):
     for seed in range(12):
         record = generator.sample(random.Random(seed), 8, 1, (kind,))
         assert record.questions[0].kind == kind
+
+
+def test_without_rivals_no_two_entities_are_of_one_type():
+    lexicon = LEXICONS["closed"]
+    types = {a.name: of for of, listed in lexicon.attributes.items() for a in listed}
+    generator = EncyclopediaGenerator("test", vocabulary="closed", rivals=False, distractors=0.7)
+    for seed in range(40):
+        record = generator.sample(random.Random(seed), 1 + seed % 16, 1)
+        assert len(record.facts) == 1 + seed % 16
+        of = {fact.entity: types[fact.attribute] for fact in record.facts}
+        assert len(set(of.values())) == len(of)
+    with pytest.raises(ValueError, match="without rivals a document has at most 21 facts"):
+        generator.sample(random.Random(0), 22, 1)
+
+
+def test_closed_names_of_one_document_share_no_word():
+    for record in records("train", vocabulary="closed", kinds=("recall",))[:30]:
+        words = [word for name in invented(record, "closed") for word in name.split()]
+        assert len(set(words)) == len(words)

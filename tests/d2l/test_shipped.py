@@ -8,15 +8,17 @@ import pytest
 
 from d2l.data.needle import NeedleGenerator
 from d2l.evaluate import answer_internalized
+from d2l.experiments import fig3
+from d2l.experiments.facts import documents, quick_scores
 from d2l.experiments.fig2 import config
 from d2l.experiments.shipped import load_shipped, shipped_seeds, weights_dir
 
 
-@pytest.mark.parametrize("scale", ["tiny", "small"])
-def test_shipped_folders_are_complete(scale: str) -> None:
-    assert 0 in shipped_seeds("fig2", scale)
+@pytest.mark.parametrize(("figure", "scale"), [("fig2", "tiny"), ("fig2", "small"), ("fig3", "tiny")])
+def test_shipped_folders_are_complete(figure: str, scale: str) -> None:
+    assert 0 in shipped_seeds(figure, scale)
     for name in ("config.json", "model.safetensors", "README.md", "curve.csv"):
-        assert (weights_dir("fig2", scale, 0) / name).stat().st_size > 100
+        assert (weights_dir(figure, scale, 0) / name).stat().st_size > 100
 
 
 def test_all_shipped_weights_stay_under_60_mb() -> None:
@@ -33,6 +35,15 @@ def test_tiny_answers_fresh_documents_at_four_windows_and_not_for_a_wrong_one() 
     assert own.hits >= 18
     assert wrong.hits == 0
     assert own.n_chunks >= 8
+
+
+def test_tiny_answers_questions_about_fresh_documents_and_not_for_a_wrong_one() -> None:
+    wanted = fig3.config("tiny", {"train.seed": 0})
+    model = load_shipped("fig3", {0: wanted}, "tiny")[0]
+    records = documents(wanted, 4, 40, shift=77)
+    own, wrong = quick_scores(model, records, 8)
+    assert own >= 0.8
+    assert wrong <= 0.15
 
 
 def test_weights_of_another_recipe_are_refused() -> None:

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoTokenizer
 
 from d2l.lm import vocabulary
-from d2l.lm.base import chat_affixes, load_base, render_chat, tiny_dir
-from d2l.lm.tiny import build_model, build_tokenizer, needle_vocabulary
+from d2l.lm.base import chat_affixes, load_base, render_chat, shipped_base
+from d2l.lm.tiny import build_model, build_tokenizer, look_back, needle_vocabulary
 from d2l.tiny_needle import NeedleTask
 from d2l.tiny_training import TinyTraining, train_tiny
 
@@ -95,7 +95,7 @@ def test_shipped_base_was_made_by_this_tokenizer(shipped, tokenizer):
     assert shipped.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert shipped.tokenizer.chat_template == tokenizer.chat_template
     assert shipped.window == 512
-    assert (tiny_dir() / "README.md").is_file()
+    assert (shipped_base("tiny") / "README.md").is_file()
 
 
 def test_shipped_base_retrieves_inside_its_window_and_not_past_it(shipped):
@@ -112,3 +112,21 @@ def test_shipped_base_answers_through_generate(shipped):
     out = shipped.model.generate(ids, max_new_tokens=8, do_sample=False)
     answer = shipped.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert answer == "0482"
+
+
+def test_the_first_layer_looks_back_from_the_start(tokenizer):
+    model = build_model(0, tokenizer, n_layers=2, n_heads=8, rope_theta=1e5)
+    ids = torch.randint(19, len(tokenizer), (2, 60), generator=torch.Generator().manual_seed(0))
+    model.set_attn_implementation("eager")
+
+    def share(head, distance):
+        attended = model(input_ids=ids, output_attentions=True).attentions[0][:, head]
+        return torch.diagonal(attended, -distance, dim1=1, dim2=2)[:, 12:].mean().item()
+
+    assert share(0, 1) < 0.1
+    look_back(model, (1, 2, 3, 5))
+    assert share(0, 1) > 0.5
+    for head, distance in enumerate((1, 2, 3, 5)):
+        near = [share(head, d) for d in range(10)]
+        assert max(near) == near[distance]
+    assert model.get_input_embeddings().weight[:, 0].unique().numel() == 1

@@ -75,7 +75,7 @@ def test_training_reports_and_writes_a_card(tmp_path, monkeypatch):
     monkeypatch.setattr(
         QaTask,
         "measure",
-        lambda *_: {"by_facts": {1: 0.5}, "by_kind": {"recall": 0.25}, "without": 0.0},
+        lambda *_: {"by_facts": {1: 0.5}, "by_kind": {"recall": 0.25}, "rivals": 0.1, "without": 0.0},
     )
     steps = []
     recipe = TinyTraining(growing=1, settling=2, batch=8, n_levels=1)
@@ -85,3 +85,17 @@ def test_training_reports_and_writes_a_card(tmp_path, monkeypatch):
     base = load_base(str(tmp_path / "qa"))
     assert base.tokenizer.get_vocab() == small.tokenizer.get_vocab()
     assert len(base.tokenizer) >= len(closed_words())
+
+
+def test_every_number_of_the_card_can_be_measured():
+    small = QaTask(width=32, n_layers=1, n_heads=1)
+    measured = small.measure(small.build(0))
+    assert set(measured) == {"by_facts", "by_kind", "rivals", "without"}
+    assert set(measured["by_kind"]) == set(KINDS)
+
+
+def test_shipped_base_answers_from_its_prompt_and_not_without(task):
+    model = load_base("tiny-qa").model
+    for n_facts in (2, 8):
+        assert task.accuracy(model, n_facts, n=40, seed=9) >= 0.9
+    assert task.accuracy(model, 8, document=False, n=40, seed=9) <= 0.1

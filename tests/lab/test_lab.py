@@ -1,10 +1,11 @@
 import os
 import re
 
-import d2l
 import pytest
 from document_files import epub
 from playwright.sync_api import expect
+
+import d2l
 
 LIMIT_S = 240
 MODEL = os.environ.get("D2L_MODEL", "fig2/tiny")

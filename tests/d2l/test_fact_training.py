@@ -1,0 +1,64 @@
+"""The training stream of facts: documents that grow, queries that the documents answer."""
+
+import pytest
+
+from d2l.config import ChunkConfig
+from d2l.data.fact_training import FactStream, FactTraining
+from d2l.lm.base import load_base, render_chat
+from d2l.teacher import HfTeacher, taught
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("tiny-qa")
+
+
+def stream(base, **options):
+    options = {"vocabulary": "closed", "words": "all", "rivals": False, "max_facts": 6, **options}
+    return FactTraining(base.tokenizer, FactStream(**options), ChunkConfig(64, 8), seed=3)
+
+
+def test_a_batch_is_a_function_of_seed_step_and_level(base):
+    one, other = stream(base), stream(base)
+    assert one.batch(5, 4, 0.5) == other.batch(5, 4, 0.5)
+    assert one.batch(5, 4, 0.5) != one.batch(6, 4, 0.5)
+
+
+@pytest.mark.parametrize(("level", "most"), [(0.0, 1), (0.4, 3), (1.0, 6)])
+def test_documents_grow_with_the_level(base, level, most):
+    counts = [len(r.facts) for r in stream(base).records(0, 60, level)]
+    assert max(counts) == most
+    assert counts.count(most) >= 30
+
+
+def test_queries_are_the_records_questions_in_the_chat_format(base):
+    drawn = stream(base, queries_per_doc=2)
+    for example, record in zip(drawn.batch(1, 6), drawn.records(1, 6), strict=True):
+        assert len(example.queries) == min(2, len(record.facts))
+        for query, question in zip(example.queries, record.questions, strict=True):
+            assert list(query.prompt) == render_chat(base.tokenizer, question.text)
+            said = base.tokenizer.decode(query.answer)
+            assert said == f"{question.answers[0]} <end>"
+            assert question.answers[0] in record.document
+        text = base.tokenizer.decode([t for chunk in example.chunks for t in chunk])
+        assert record.facts[0].text.rstrip(".") in text
+
+
+def test_only_whole_documents_until_the_last_level(base):
+    drawn = stream(base, cut_share=1.0)
+    assert {len(e.chunks) for e in drawn.batch(0, 20, 0.9)} == {1}
+    assert max(len(e.chunks) for e in drawn.batch(0, 20, 1.0)) > 1
+
+
+def test_a_teacher_gives_its_own_answer_with_its_log_probabilities(base):
+    drawn = stream(base, max_facts=2)
+    examples = taught(drawn.batch(0, 4), drawn.records(0, 4), HfTeacher(base))
+    right = 0
+    for example, plain in zip(examples, drawn.batch(0, 4), strict=True):
+        assert example.chunks == plain.chunks
+        for query, own in zip(example.queries, plain.queries, strict=True):
+            assert query.prompt == own.prompt
+            assert len(query.teacher_logprob) == len(query.teacher_idx) == len(query.answer)
+            assert [row[0] for row in query.teacher_idx] == list(query.answer)
+            right += query.answer == own.answer
+    assert right >= 4
