@@ -53,8 +53,8 @@ EXPERIMENTS = {
             default_scale="small",
             cost={
                 "smoke": "under 20 s",
-                "tiny": "minutes; with --retrain up to 15 min, everything from scratch",
-                "small": "up to 15 min, from the shipped hypernetwork",
+                "tiny": "5 min; with --retrain about 20, everything from scratch",
+                "small": "12 min with bfloat16 instructions, 19 without; shipped hypernetwork",
                 "paper": "one GPU; training took the authors about 3 h on an H200",
             },
             module="d2l.experiments.fig2",
