@@ -192,7 +192,9 @@ def draw_fig3(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Fi
                                   textcoords="offset points")  # fmt: skip
             axes.set_xlabel(label)
             axes.axhline(1.0, color="0.6", linewidth=0.7, zorder=1)
-        panels[0].set_ylabel(f"{metric} relative to the base\nwith the document in its prompt")
+        panels[0].set_ylabel(
+            f"{metric.capitalize()} relative to the base\nwith the document in its prompt"
+        )
         panels[0].set_ylim(bottom=min(-0.03, min(points["relative"]) - 0.03))
         found = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
         figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4,

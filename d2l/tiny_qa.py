@@ -148,8 +148,8 @@ class QaTask:
             f"{n_params:,} parameters, {self.n_layers} layers of width {self.width}, window "
             f"{WINDOW_TOK} tokens, float32, MIT licence. Trained from scratch on the closed "
             "encyclopedia that this repository generates, to answer questions about a document in "
-            "its prompt and to say *unknown* where there is no answer; how far it got stands below. "
-            "It can do nothing else.",
+            "its prompt and to say *unknown* where there is no answer; how far it got stands "
+            "below. It can do nothing else.",
             "",
             f"Trained with seed {measured['seed']} in {measured['cpu_s']:.0f} s of CPU time: "
             f"{measured['steps']} steps of up to {measured['batch']} documents of up to "

@@ -82,7 +82,9 @@ _TINY = {
         curriculum=400,
         eval_every=250,
     ),
-    "eval": FactEval(n_facts=(1, 4, 8), n_docs=(40, 40, 40), n_slow=4, cd_lr=1e-3, cd_epochs=100),
+    "eval": FactEval(
+        n_facts=(1, 4, 8, 16), n_docs=(40,) * 4, n_slow=4, cd_lr=1e-3, cd_epochs=100
+    ),
 }  # fmt: skip
 
 OVERRIDES: dict[str, dict[str, Any]] = {

@@ -14,7 +14,9 @@ from d2l.experiments.fig2 import config
 from d2l.experiments.shipped import load_shipped, shipped_seeds, weights_dir
 
 
-@pytest.mark.parametrize(("figure", "scale"), [("fig2", "tiny"), ("fig2", "small"), ("fig3", "tiny")])
+@pytest.mark.parametrize(
+    ("figure", "scale"), [("fig2", "tiny"), ("fig2", "small"), ("fig3", "tiny")]
+)
 def test_shipped_folders_are_complete(figure: str, scale: str) -> None:
     assert 0 in shipped_seeds(figure, scale)
     for name in ("config.json", "model.safetensors", "README.md", "curve.csv"):

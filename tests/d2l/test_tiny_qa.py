@@ -75,7 +75,12 @@ def test_training_reports_and_writes_a_card(tmp_path, monkeypatch):
     monkeypatch.setattr(
         QaTask,
         "measure",
-        lambda *_: {"by_facts": {1: 0.5}, "by_kind": {"recall": 0.25}, "rivals": 0.1, "without": 0.0},
+        lambda *_: {
+            "by_facts": {1: 0.5},
+            "by_kind": {"recall": 0.25},
+            "rivals": 0.1,
+            "without": 0.0,
+        },
     )
     steps = []
     recipe = TinyTraining(growing=1, settling=2, batch=8, n_levels=1)
