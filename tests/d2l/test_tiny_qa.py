@@ -93,7 +93,7 @@ def test_training_reports_and_writes_a_card(tmp_path, monkeypatch):
 
 
 def test_every_number_of_the_card_can_be_measured():
-    small = QaTask(width=32, n_layers=1, n_heads=1)
+    small = QaTask(width=32, n_layers=1)
     measured = small.measure(small.build(0))
     assert set(measured) == {"by_facts", "by_kind", "rivals", "without"}
     assert set(measured["by_kind"]) == set(KINDS)

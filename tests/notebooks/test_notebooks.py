@@ -6,7 +6,7 @@ from d2l import experiments, home, notebooks
 
 ROOT = home.repo_root()
 PAGES = sorted((ROOT / "notebooks").glob("*.ipynb"))
-STANDARD = {"scale", "seed", "backend", "overrides", "out_dir", "retrain"}
+STANDARD = {"scale", "seed", "overrides", "out_dir", "retrain"}
 
 
 def cells(path, kind):
@@ -24,7 +24,7 @@ def test_every_experiment_has_its_page(experiment):
     code = "\n".join(cells(path, "code"))
     for step in (f"{experiment.id}.run(", "run.config_diff()", "run.figure()", "run.check()"):
         assert step in code
-    for name in STANDARD:
+    for name in defaults:
         assert f"{name}={name}" in code, f"{name} is not passed on"
 
 
