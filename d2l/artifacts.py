@@ -35,6 +35,11 @@ COLUMNS = (
     "internalize_s",
     "seed",
 )
+QA_COLUMNS = (
+    "series", "part", "n_facts", "n_docs", "n", "f1", "recall", "exact", "relative", "relative_low",
+    "relative_high", "context_ratio", "update_s", "update_mib", "generation_s", "generation_mib",
+    "adapter_mib", "seed",
+)  # fmt: skip
 VARIANT_COLUMNS = ("filler", "needle", *COLUMNS)
 RESULT_FILES = ("data.csv", "variants.csv", "figure.svg", "figure.png")
 DISTRIBUTIONS = ("torch", "transformers", "d2l-core", "d2l-kernels")
@@ -66,10 +71,10 @@ def write_csv(path: str | os.PathLike[str], table: pd.DataFrame) -> Path:
     return write_text(path, buffer.getvalue())
 
 
-def read_csv(path: str | os.PathLike[str], columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
-    """Read a results table and check its columns."""
+def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read a results table and check its columns: those with a ``part`` are of ``QA_COLUMNS``."""
     table = pd.read_csv(path)
-    check_columns(table, columns, str(path))
+    check_columns(table, QA_COLUMNS if "part" in table.columns else COLUMNS, str(path))
     return table
 
 

@@ -123,7 +123,7 @@ def ledger() -> list[tuple[Path, list[Verdict], list[str]]]:
         manifest = artifacts.Manifest.read(folder)
         paper = folder.parents[2].name
         claims = [c for c in load(paper) if c.figure == manifest.experiment]
-        table = pd.read_csv(folder / "data.csv")
+        table = artifacts.read_csv(folder / "data.csv")
         verdicts = judge(table, claims, manifest.scale, manifest.context)
         out.append((folder, verdicts, manifest.changed_files(folder)))
     return out

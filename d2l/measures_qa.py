@@ -47,13 +47,10 @@ def qa_ratio(
     of_part: str = "",
 ) -> Measurement:
     """Divide a method's number by another's; NotTestable where the other is 0."""
-    ours, theirs = cell(table, column, series, part), cell(table, column, of, of_part)
+    ours, theirs, note = _both(table, column, (series, part), (of, of_part))
     if theirs == 0:
         raise NotTestable(f"{column} of {_name(of, of_part)} is 0")
-    return Measurement(
-        ours / theirs,
-        f"{column}: {ours:.3g} of {_name(series, part)}, {theirs:.3g} of {_name(of, of_part)}",
-    )
+    return Measurement(ours / theirs, note)
 
 
 @measure
@@ -68,11 +65,8 @@ def qa_difference(
     of_part: str = "",
 ) -> Measurement:
     """Subtract another method's number from a method's."""
-    ours, theirs = cell(table, column, series, part), cell(table, column, of, of_part)
-    return Measurement(
-        ours - theirs,
-        f"{column}: {ours:.3g} of {_name(series, part)}, {theirs:.3g} of {_name(of, of_part)}",
-    )
+    ours, theirs, note = _both(table, column, (series, part), (of, of_part))
+    return Measurement(ours - theirs, note)
 
 
 def by_method(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
@@ -84,6 +78,13 @@ def by_method(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
         mean = {c: float(np.average(group[c], weights=group["n"])) for c in columns}
         rows.append({"series": series, "part": part, **mean, "n": int(np.sum(group["n"]))})
     return pd.DataFrame(rows)
+
+
+def _both(
+    table: pd.DataFrame, column: str, one: tuple[str, str], other: tuple[str, str]
+) -> tuple[float, float, str]:
+    ours, theirs = cell(table, column, *one), cell(table, column, *other)
+    return ours, theirs, f"{column}: {ours:.3g} of {_name(*one)}, {theirs:.3g} of {_name(*other)}"
 
 
 def _name(series: str, part: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from ..artifacts import QA_COLUMNS
 from ..baselines import (
     DistillConfig,
     Method,
@@ -35,6 +35,7 @@ from ..baselines import (
     without_context,
 )
 from ..baselines.setting import reply_to
+from ..chunking import PUBLISHED_CHUNK_PROBS
 from ..config import ChunkConfig, HypernetConfig
 from ..data.encyclopedia import LEXICONS, EncyclopediaGenerator
 from ..data.example import Example
@@ -46,26 +47,11 @@ from ..meter import Meter
 from ..model import DocToLoRA
 from ..qa_metrics import QaScore, score
 from ..teacher import HfTeacher, taught
-from ..tiny_qa import RECIPE, QaTask
 from ..train import TrainConfig
 from ..train import train as fit
 from .base import Run
-from .shipped import (
-    Curve,
-    finished,
-    fresh,
-    load,
-    load_retrained,
-    load_shipped,
-    run_dir,
-    shipped_seeds,
-)
+from .shipped import Curve, fresh
 
-COLUMNS = (
-    "series", "part", "n_facts", "n_docs", "n", "f1", "recall", "exact", "relative", "relative_low",
-    "relative_high", "context_ratio", "update_s", "update_mib", "generation_s", "generation_mib",
-    "adapter_mib", "seed",
-)  # fmt: skip
 Metric = Literal["f1", "recall"]
 
 
@@ -108,7 +94,8 @@ class FactRun:
 
 def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
     """Train, or resume, in ``folder``; the model's initialisation depends on the seed alone."""
-    model = fresh(wanted, base)
+    most = max(PUBLISHED_CHUNK_PROBS) if wanted.stream.cut_share else 1
+    model = fresh(wanted, base, trained_chunks=most)
     stream = FactTraining(base.tokenizer, wanted.stream, wanted.chunk, wanted.train.seed)
     teacher = HfTeacher(base) if wanted.train.loss == "kl" else None
 
@@ -124,27 +111,6 @@ def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
 
     fit(model, examples, wanted.train, folder, evaluate=held_out)
     return model
-
-
-def models(
-    figure: str, wanted: FactRun, standard: FactRun, scale: str, *, retrain: bool
-) -> dict[int, DocToLoRA]:
-    """Return the models to evaluate by training seed: those that ship, or one trained for this."""
-    seed = wanted.train.seed
-    seeds = shipped_seeds(figure, scale)
-    ships = dataclasses.replace(wanted, eval=standard.eval) == standard and seed in seeds
-    if ships and not retrain:
-        runs = {
-            s: dataclasses.replace(standard, train=dataclasses.replace(standard.train, seed=s))
-            for s in (seeds if seed == 0 else [seed])
-        }
-        return load_shipped(figure, runs, scale)
-    folder = run_dir(wanted, f"{figure}-{scale}")
-    if retrain and finished(wanted, folder):
-        shutil.rmtree(folder)
-    scratch = retrain and wanted.base == "tiny-qa" and scale != "smoke"
-    base = load_retrained(wanted, folder, QaTask(), RECIPE) if scratch else load(wanted)
-    return {seed: trained(wanted, base, folder)}
 
 
 @torch.no_grad()
@@ -248,9 +214,9 @@ def measure(
 ) -> pd.DataFrame:
     """Ask every method (or the series in ``only``) about the held-out documents.
 
-    One row for each method and number of facts, columns as in ``COLUMNS``.  ``relative`` is the
-    metric over that of the base with the document in context on the same questions, its interval
-    a bootstrap over documents.
+    One row for each method and number of facts, columns as in `artifacts.QA_COLUMNS`.
+    ``relative`` is the metric over that of the base with the document in context on the same
+    questions, its interval a bootstrap over documents.
     """
     base, rows = model.base, []
     for n_facts, n_docs in zip(wanted.eval.n_facts, wanted.eval.n_docs, strict=True):
@@ -283,7 +249,7 @@ def measure(
                 | _row(scores, replies, measured, reference, wanted.eval.metric)
                 | {"seed": seed}
             )
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(QA_COLUMNS))
 
 
 class QaRun(Run):

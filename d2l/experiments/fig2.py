@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +19,10 @@ from ..config import (
 )
 from ..data.needle_training import NeedleStream
 from ..figures import draw_fig2
-from ..model import DocToLoRA
-from ..tiny_needle import NeedleTask
-from ..tiny_training import TinyTraining
 from ..train import TrainConfig
 from .base import Run, need_gpu_and_model, request
 from .needle import NeedleEval, NeedleRun, card, measure, measure_variants, trained
-from .shipped import (
-    finished,
-    load,
-    load_retrained,
-    load_shipped,
-    run_dir,
-    ship,
-    shipped_seeds,
-    weights_dir,
-)
+from .shipped import models, train_and_ship
 
 BACKENDS = ("auto", "torch", "reference")
 
@@ -201,11 +186,12 @@ def run(
         need_gpu_and_model("fig2", wanted.base)
     tables, variants = [], []
     with use_backend(None if backend == "auto" else backend):
-        models = _models(wanted, scale, retrain=retrain)
-        for i, (of, model) in enumerate(models.items()):
+        standard = config(scale, {"train.seed": seed})
+        found = models("fig2", scale, wanted, standard, trained, retrain=retrain)
+        for i, (of, model) in enumerate(found.items()):
             tables.append(measure(wanted, model, seed=of, with_base=i == 0))
             variants.append(measure_variants(wanted, model, seed=of))
-    window = next(iter(models.values())).base.window
+    window = next(iter(found.values())).base.window
     return Run(
         request=asked,
         config=wanted,
@@ -221,34 +207,6 @@ def run(
 
 
 def train(scale: str, seed: int = 0, overrides: dict[str, Any] | None = None) -> Path:
-    """Train the hypernetwork of a scale, write it with its model card, and return the folder.
-
-    An interrupted run resumes from its last checkpoint.  Only the standard configuration goes to
-    the folder that ships; any other stays beside its run.
-    """
+    """Train the hypernetwork of a scale; see `shipped.train_and_ship`."""
     wanted = config(scale, {"train.seed": seed} | (overrides or {}))
-    if scale == "paper":
-        need_gpu_and_model("fig2", wanted.base)
-    folder = run_dir(wanted, f"fig2-{scale}")
-    model = trained(wanted, load(wanted), folder)
-    target = weights_dir("fig2", scale, seed)
-    if overrides or scale == "smoke":
-        target = folder / "hypernet"
-    ship(wanted, model, folder, target, partial(card, which=f"fig2 --scale {scale}"))
-    return target
-
-
-def _models(wanted: NeedleRun, scale: str, *, retrain: bool) -> dict[int, DocToLoRA]:
-    """Return the models to evaluate by training seed: those that ship, or one trained for this."""
-    seed = wanted.train.seed
-    standard = dataclasses.replace(config(scale, {"train.seed": seed}), eval=wanted.eval)
-    ships = wanted == standard and seed in shipped_seeds("fig2", scale)
-    if ships and not retrain:
-        seeds = shipped_seeds("fig2", scale) if seed == 0 else [seed]
-        return load_shipped("fig2", {s: config(scale, {"train.seed": s}) for s in seeds}, scale)
-    folder = run_dir(wanted, f"fig2-{scale}")
-    if retrain and finished(wanted, folder):
-        shutil.rmtree(folder)
-    scratch = retrain and wanted.base == "tiny" and scale != "smoke"
-    base = load_retrained(wanted, folder, NeedleTask(), TinyTraining()) if scratch else load(wanted)
-    return {seed: trained(wanted, base, folder)}
+    return train_and_ship("fig2", scale, wanted, trained, card, custom=bool(overrides))

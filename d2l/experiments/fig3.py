@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ..artifacts import QA_COLUMNS
 from ..config import (
     ChunkConfig,
     EncoderConfig,
@@ -21,8 +21,8 @@ from ..data.fact_training import FactStream
 from ..figures import draw_fig3
 from ..train import TrainConfig
 from .base import need_gpu_and_model, request
-from .facts import COLUMNS, FactEval, FactRun, QaRun, card, measure, models, trained
-from .shipped import load, run_dir, ship, weights_dir
+from .facts import FactEval, FactRun, QaRun, card, measure, trained
+from .shipped import models, train_and_ship
 
 PAPER = FactRun(
     base="google/gemma-2-2b-it",
@@ -128,7 +128,8 @@ def run(
     wanted = config(scale, {"train.seed": seed} | asked.overrides)
     if scale == "paper":
         need_gpu_and_model("fig3", wanted.base)
-    found = models("fig3", wanted, config(scale, {"train.seed": seed}), scale, retrain=retrain)
+    standard = config(scale, {"train.seed": seed})
+    found = models("fig3", scale, wanted, standard, trained, retrain=retrain)
     series = {"d2l", "wrong_document", "base_with_context"}
     tables = [
         measure(wanted, model, seed=of, only=None if i == 0 else series)
@@ -144,21 +145,13 @@ def run(
         title=wanted.base,
         seconds=time.monotonic() - began,
         draw=draw_fig3,
-        columns=COLUMNS,
+        columns=QA_COLUMNS,
     )
     drawn.save()
     return drawn
 
 
 def train(scale: str, seed: int = 0, overrides: dict[str, Any] | None = None) -> Path:
-    """Train the hypernetwork of a scale, write it with its model card, and return the folder."""
+    """Train the hypernetwork of a scale; see `shipped.train_and_ship`."""
     wanted = config(scale, {"train.seed": seed} | (overrides or {}))
-    if scale == "paper":
-        need_gpu_and_model("fig3", wanted.base)
-    folder = run_dir(wanted, f"fig3-{scale}")
-    model = trained(wanted, load(wanted), folder)
-    target = weights_dir("fig3", scale, seed)
-    if overrides or scale == "smoke":
-        target = folder / "hypernet"
-    ship(wanted, model, folder, target, partial(card, which=f"fig3 --scale {scale}"))
-    return target
+    return train_and_ship("fig3", scale, wanted, trained, card, custom=bool(overrides))

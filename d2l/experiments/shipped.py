@@ -16,8 +16,11 @@ from ..checkpoint import load_model, save_model
 from ..config import ChunkConfig, HypernetConfig, config_id, flatten, from_dict, to_dict
 from ..lm.base import LanguageModel, load_base, native_dtype
 from ..model import DocToLoRA
-from ..tiny_training import Task, TinyTraining, train_tiny
+from ..tiny_needle import NeedleTask
+from ..tiny_qa import RECIPE, QaTask
+from ..tiny_training import TinyTraining, train_tiny
 from ..train import TrainConfig, read_curve
+from .base import need_gpu_and_model
 
 Curve = list[dict[str, float]]
 
@@ -46,6 +49,9 @@ class TrainedRun(Protocol):
 
 
 R = TypeVar("R", bound=TrainedRun)
+Trainer = Callable[[R, LanguageModel, Path], DocToLoRA]
+Card = Callable[[R, DocToLoRA, Curve, str], str]
+FROM_SCRATCH = {"tiny": (NeedleTask, TinyTraining()), "tiny-qa": (QaTask, RECIPE)}
 
 
 def load(wanted: TrainedRun) -> LanguageModel:
@@ -53,15 +59,6 @@ def load(wanted: TrainedRun) -> LanguageModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = native_dtype(device, getattr(torch, wanted.dtype))
     return load_base(wanted.base, device=device, dtype=dtype)
-
-
-def load_retrained(
-    wanted: TrainedRun, folder: Path, task: Task, recipe: TinyTraining
-) -> LanguageModel:
-    """Train a tiny base from scratch beside its hypernetwork, unless it is there, and load it."""
-    if not (folder / "base").exists():
-        train_tiny(task, folder / "base", wanted.train.seed, recipe)
-    return load_base(str(folder / "base"), dtype=getattr(torch, wanted.dtype))
 
 
 def fresh(
@@ -75,8 +72,7 @@ def fresh(
 
 def run_dir(wanted: TrainedRun, name: str) -> Path:
     """Return the folder of a training run; it depends on everything but the evaluation."""
-    recipe: Any = dataclasses.replace(wanted, eval=type(wanted.eval)())  # pyright: ignore
-    return build_dir() / "runs" / f"{name}-{config_id(recipe)}"
+    return build_dir() / "runs" / f"{name}-{config_id(_with(wanted, eval=type(wanted.eval)()))}"
 
 
 def finished(wanted: TrainedRun, folder: Path) -> bool:
@@ -84,19 +80,60 @@ def finished(wanted: TrainedRun, folder: Path) -> bool:
     return (folder / "curve.csv").exists() and read_curve(folder)[-1]["step"] >= wanted.train.steps
 
 
-def ship(
+def models(
+    figure: str,
+    scale: str,
     wanted: R,
-    model: DocToLoRA,
-    folder: Path,
-    target: Path,
-    card: Callable[[R, DocToLoRA, Curve], str],
-) -> None:
-    """Write a trained hypernetwork to ``target`` with its curve and a card made from the run."""
+    standard: R,
+    trained: Trainer[R],
+    *,
+    retrain: bool,
+) -> dict[int, DocToLoRA]:
+    """Return the models to evaluate by training seed: those that ship, or one trained for this.
+
+    All seeds that ship where ``wanted`` is ``standard`` but for the evaluation and its seed is 0.
+    With ``retrain`` a tiny base is trained from scratch too; what was interrupted resumes.
+    """
+    seed, there = wanted.train.seed, shipped_seeds(figure, scale)
+    ships = _with(wanted, eval=standard.eval) == standard and seed in there
+    if ships and not retrain:
+        trains = {s: dataclasses.replace(standard.train, seed=s) for s in there}
+        runs = {s: _with(standard, train=t) for s, t in trains.items() if seed in (0, s)}
+        return load_shipped(figure, runs, scale)
+    folder = run_dir(wanted, f"{figure}-{scale}")
+    if retrain and finished(wanted, folder):
+        shutil.rmtree(folder)
+    if retrain and wanted.base in FROM_SCRATCH and scale != "smoke":
+        if not (folder / "base").exists():
+            task, recipe = FROM_SCRATCH[wanted.base]
+            train_tiny(task(), folder / "base", seed, recipe)
+        base = load_base(str(folder / "base"), dtype=getattr(torch, wanted.dtype))
+    else:
+        base = load(wanted)
+    return {seed: trained(wanted, base, folder)}
+
+
+def train_and_ship(
+    figure: str, scale: str, wanted: R, trained: Trainer[R], card: Card[R], *, custom: bool
+) -> Path:
+    """Train the hypernetwork of a scale, write it with curve and model card; return the folder.
+
+    An interrupted run resumes from its last checkpoint.  Only the standard configuration goes to
+    the folder that ships; a ``custom`` one, as ``smoke``, stays beside its run.
+    """
+    if scale == "paper":
+        need_gpu_and_model(figure, wanted.base)
+    folder = run_dir(wanted, f"{figure}-{scale}")
+    model = trained(wanted, load(wanted), folder)
+    target = weights_dir(figure, scale, wanted.train.seed)
+    if custom or scale == "smoke":
+        target = folder / "hypernet"
     curve = read_curve(folder)
     facts = {"run": to_dict(wanted), "steps_done": int(curve[-1]["step"])}
     save_model(target, model, facts, dtype=torch.bfloat16)
     shutil.copy(folder / "curve.csv", target / "curve.csv")
-    write_text(target / "README.md", card(wanted, model, curve))
+    write_text(target / "README.md", card(wanted, model, curve, f"{figure} --scale {scale}"))
+    return target
 
 
 def weights_dir(figure: str, scale: str, seed: int) -> Path:
@@ -128,3 +165,7 @@ def load_shipped(figure: str, runs: Mapping[int, TrainedRun], scale: str) -> dic
             )
     base = load(next(iter(runs.values())))
     return {seed: load_model(folder, base) for seed, folder in folders.items()}
+
+
+def _with(wanted: R, **changes: Any) -> R:
+    return dataclasses.replace(wanted, **changes)  # pyright: ignore

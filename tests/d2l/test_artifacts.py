@@ -38,6 +38,10 @@ def test_csv_round_trip_keeps_counts_whole(tmp_path):
     assert path.read_text().splitlines()[1] == "d2l,64,1,100,0.333333,0,1,0.5,0.1,0.2,0"
     back = artifacts.read_csv(path)
     assert back["n"].dtype == "int64"
+    for header, missing in (("series,n", "haystack_tok"), ("series,part,n", "n_facts")):
+        path.write_text(f"{header}\n")
+        with pytest.raises(ValueError, match=f"missing .*{missing}"):
+            artifacts.read_csv(path)
     path.write_text("series,n\nd2l,1\n")
     with pytest.raises(ValueError, match=r"data\.csv must have the columns .* missing"):
         artifacts.read_csv(path)

@@ -42,6 +42,7 @@ def test_tiny_answers_fresh_documents_at_four_windows_and_not_for_a_wrong_one() 
 def test_tiny_answers_questions_about_fresh_documents_and_not_for_a_wrong_one() -> None:
     wanted = fig3.config("tiny", {"train.seed": 0})
     model = load_shipped("fig3", {0: wanted}, "tiny")[0]
+    assert model.trained_chunks == 1
     records = documents(wanted, 4, 40, shift=77)
     own, wrong = quick_scores(model, records, 8)
     assert own >= 0.8

@@ -12,6 +12,8 @@ import torch
 from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from .torch_backend import no_statistics
+
 WIDEST = 256
 
 
@@ -34,7 +36,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return what `torch_backend.forward` does, but no statistics: `backward` needs none."""
     found = _attend(_packed(q, lengths), k, v, lengths, scale)
-    return _unpacked(found, q, lengths), q.new_zeros(q.shape[:-1], dtype=torch.float32)
+    return _unpacked(found, q, lengths), no_statistics(q)
 
 
 def backward(
