@@ -83,7 +83,7 @@ _TINY = {
         eval_every=250,
     ),
     "eval": FactEval(
-        n_facts=(1, 4, 8, 16), n_docs=(40,) * 4, n_slow=4, cd_lr=1e-3, cd_epochs=100
+        n_facts=(1, 4, 8, 16), n_docs=(40,) * 4, n_slow=4, cd_lr=5e-3
     ),
 }  # fmt: skip
 
