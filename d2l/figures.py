@@ -66,6 +66,7 @@ _QA_STYLES = {
     "d2l": _Style("D2L", _COLOURS[0], "o"),
     "d2l_with_truncated_context": _Style("D2L and half of the document", _COLOURS[9], "o"),
     "wrong_document": _Style("D2L, wrong document", _COLOURS[4], "D", hollow=True),
+    "with_context_and_adapter": _Style("document in context, and an adapter", _COLOURS[0], "o"),
     "cd_oracle": _Style("context distillation, oracle", _COLOURS[3], "^"),
     "cd_generated": _Style("context distillation, other questions", _COLOURS[3], "^", hollow=True),
 }
@@ -74,6 +75,7 @@ _FIG3_AXES = (
     ("update_s", "update latency (s)", True),
     ("update_mib", "peak memory of the update (MiB)", True),
 )
+_PART_COLOURS = [_COLOURS[i] for i in (0, 3, 2, 8, 6)]
 _WITH_ADAPTER = _Style("D2L, adapter counted", _COLOURS[9], "o", "--", hollow=True)
 
 
@@ -199,6 +201,85 @@ def draw_fig3(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Fi
         found = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
         figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4,
                       frameon=False, handletextpad=0.2, columnspacing=1.2)  # fmt: skip
+        figure.suptitle(f"Answering about a document, scale {scale}, {title}", fontsize=9)
+        sns.despine(fig=figure)
+    return figure
+
+
+def draw_fig1(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Figure:
+    """Draw performance, update latency and update memory of D2L and of distillation as bars."""
+    points = by_method(table, ["relative", "update_s", "update_mib"])
+    points = points[(points["part"] != "iterative") & (points["series"] != "base_with_context")]
+    styles = [_QA_STYLES[str(series)] for series in points["series"]]
+    with _look():
+        figure = PaperFigure(figsize=(7.2, 1.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, 3, sharey=True)
+        labels = [f"relative {metric}", *(label for _, label, _ in _FIG3_AXES[1:])]
+        for axes, column, label in zip(
+            panels, ("relative", "update_s", "update_mib"), labels, strict=True
+        ):
+            bars = axes.barh(range(len(points)), points[column], color=[s.colour for s in styles])
+            axes.bar_label(bars, fmt="{:.3g}", padding=2, fontsize=7)
+            axes.set(xlabel=label, xscale="linear" if column == "relative" else "log")
+            axes.margins(x=0.2)
+            axes.grid(visible=False, axis="y")
+        panels[0].set_yticks(range(len(points)), [s.label for s in styles])
+        panels[0].invert_yaxis()
+        figure.suptitle(f"Internalising a document, scale {scale}, {title}", fontsize=9)
+        sns.despine(fig=figure)
+    return figure
+
+
+def draw_fig6(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Figure:
+    """Draw performance relative to the base over training steps, single seeds faint."""
+    with _look():
+        figure = PaperFigure(figsize=(4.4, 2.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for series in ("d2l", "wrong_document"):
+            style = _QA_STYLES[series]
+            rows = table[table["series"] == series]
+            rows = rows.assign(step=rows["part"].astype(int)).sort_values("step")
+            for _, one in rows.groupby("seed"):
+                axes.plot(one["step"], one["relative"], color=style.colour, alpha=0.35, lw=0.8)
+            mean = rows.groupby("step")["relative"].mean()
+            _plot(axes, list(mean.index), list(mean), style)
+        axes.axhline(1.0, color="0.6", linewidth=0.7, zorder=1)
+        axes.set(
+            xlabel="training step", ylabel="recall relative to the base\nthat reads the document"
+        )
+        axes.legend(frameon=False)
+        axes.set_title(f"Training, scale {scale}, {title}")
+        sns.despine(fig=figure)
+    return figure
+
+
+def draw_by_facts(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Figure:
+    """Draw the metric over the number of facts, one line a method, single seeds faint.
+
+    Parts of one series are told apart by colour, the base and the controls keep their styles.
+    """
+    named = table.assign(part=table["part"].fillna("").astype(str))
+    with _look():
+        figure = PaperFigure(figsize=(4.8, 3.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        counts = sorted(set(named["n_facts"]))
+        parts = [p for p in dict.fromkeys(named["part"]) if p]
+        for (series, part), rows in named.groupby(["series", "part"], sort=False):
+            style = _QA_STYLES.get(str(series), _Style(str(series), (0.5, 0.5, 0.5), "."))
+            if part and series != "wrong_document":
+                colour = _PART_COLOURS[parts.index(part) % len(_PART_COLOURS)]
+                style = dataclasses.replace(style, label=f"{style.label}, {part}", colour=colour)
+            at = [counts.index(n) for n in sorted(set(rows["n_facts"]))]
+            for _, one in rows.groupby("seed"):
+                ordered = one.sort_values("n_facts")
+                axes.plot(at, ordered[metric], color=style.colour, alpha=0.3, linewidth=0.8)
+            _plot(axes, at, list(rows.groupby("n_facts")[metric].mean()), style)
+        axes.set_xticks(range(len(counts)), [str(n) for n in counts])
+        axes.set(xlabel="facts in the document", ylabel=metric, ylim=(-0.04, 1.06))
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
         figure.suptitle(f"Answering about a document, scale {scale}, {title}", fontsize=9)
         sns.despine(fig=figure)
     return figure

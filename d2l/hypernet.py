@@ -155,23 +155,29 @@ class Hypernet(nn.Module):
             return latents
         return torch.cat([latents, self.copy(latents, features, segments)], -1)
 
+    def needs(self, index: int) -> bool:
+        """Tell whether the encoder's feature ``index`` is read: layers not adapted need none."""
+        return not self.per_layer_features or index in self.targets.layers
+
     def assemble(
-        self, latents: Sequence[Float[Tensor, "chunk n_out d_read"]]
+        self, latents: Sequence[Float[Tensor, "chunk n_out d_read"] | None]
     ) -> Float[Tensor, "chunk layer mod r d_read"]:
-        """Arrange what was read of each encoder feature by layer, module and rank.
+        """Arrange what was read of each encoder feature (None: `needs` not) by layer, module, rank.
 
         Raises ValueError when the encoder's features and the adapted layers do not match.
         """
         shape = (len(self.targets.modules), self.config.lora.rank)
         if not self.per_layer_features:
             (only,) = latents
+            assert only is not None
             return only.unflatten(1, (len(self.targets.layers), *shape))
         if len(latents) <= max(self.targets.layers):
             raise ValueError(
                 f"the encoder gave {len(latents)} layers' features, "
                 f"but layer {max(self.targets.layers)} of the base is adapted"
             )
-        return torch.stack([latents[i] for i in self.targets.layers], 1).unflatten(2, shape)
+        chosen = [latents[i] for i in self.targets.layers]
+        return torch.stack([x for x in chosen if x is not None], 1).unflatten(2, shape)
 
     def generate(self, embeddings: Float[Tensor, "chunk layer mod r d_read"]) -> ChunkLora:
         """Turn embeddings into LoRA factors of every chunk, without merging."""
@@ -207,7 +213,8 @@ class Hypernet(nn.Module):
         self, features: Sequence[Float[Tensor, "tok d_model"]], segments: Segments
     ) -> ChunkLora:
         """Compute A and B of every chunk from all of the encoder's features."""
-        return self.generate(self.assemble([self.read(f, segments) for f in features]))
+        read = [self.read(f, segments) if self.needs(i) else None for i, f in enumerate(features)]
+        return self.generate(self.assemble(read))
 
     def compose(
         self, chunks: ChunkLora, n_chunks: Iterable[int], weights: Tensor | None = None

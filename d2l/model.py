@@ -141,16 +141,20 @@ class DocToLoRA:
 
     def _encode_group(self, chunks: Sequence[Sequence[int]]) -> ChunkLora:
         tensors = [torch.tensor(c) for c in chunks]
-        read: list[Tensor] = []
+        read: list[Tensor | None] = []
         segments = Segments.of(len(c) for c in chunks)
         dtype = self.reader.model.dtype
         half = dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.base.device.type, dtype if half else torch.bfloat16, enabled=half):
-            self.encoder(tensors, lambda f: read.append(self.hypernet.read(f, segments)))
+            self.encoder(tensors, lambda f: read.append(self._read(f, segments, len(read))))
             factors = self.hypernet.generate(self.hypernet.assemble(read))
         if torch.is_grad_enabled():
             return factors
         return factors.map(lambda t: t.to(self.base.model.dtype))
+
+    def _read(self, feature: Tensor, segments: Segments, index: int) -> Tensor | None:
+        """Read one feature of the encoder; those of layers that are not adapted are passed by."""
+        return self.hypernet.read(feature, segments) if self.hypernet.needs(index) else None
 
     def read(
         self, document: Document, *, title: str | None = None, chunks_at_once: int | None = None

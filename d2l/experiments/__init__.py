@@ -70,6 +70,63 @@ EXPERIMENTS = {
             },
             module="d2l.experiments.fig3",
         ),
+        Experiment(
+            id="fig1",
+            title="D2L beside context distillation: quality, latency, memory",
+            default_scale="tiny",
+            cost={
+                "tiny": "seconds, from the results of fig3",
+                "paper": "seconds, from the results of fig3",
+            },
+            module="d2l.experiments.fig1",
+        ),
+        Experiment(
+            id="fig6",
+            title="Performance while the hypernetwork trains",
+            default_scale="tiny",
+            cost={
+                "smoke": "under 20 s",
+                "tiny": "seconds, from the curves that ship",
+                "paper": "training the hypernetwork, days on 8 H200",
+            },
+            module="d2l.experiments.fig6",
+        ),
+        Experiment(
+            id="tab4",
+            title="What distilling one document costs, by its number of questions",
+            default_scale="tiny",
+            cost={"smoke": "under 20 s", "tiny": "TIME_tab4", "paper": "one GPU"},
+            module="d2l.experiments.tab4",
+        ),
+        Experiment(
+            id="tab6",
+            title="What the hypernetwork learns from: probabilities or tokens",
+            default_scale="tiny",
+            cost={
+                "smoke": "under 20 s",
+                "tiny": "TIME_tab6",
+                "paper": "training two hypernetworks, days on 8 H200",
+            },
+            module="d2l.experiments.tab6",
+        ),
+        Experiment(
+            id="tab7",
+            title="How many ranks the hypernetwork writes",
+            default_scale="tiny",
+            cost={
+                "smoke": "under 20 s",
+                "tiny": "TIME_tab7",
+                "paper": "training two hypernetworks, days on 8 H200",
+            },
+            module="d2l.experiments.tab7",
+        ),
+        Experiment(
+            id="tab8",
+            title="What an adapter does to questions that it does not concern",
+            default_scale="tiny",
+            cost={"smoke": "under 20 s", "tiny": "TIME_tab8", "paper": "one GPU"},
+            module="d2l.experiments.tab8",
+        ),
     )
 }
 

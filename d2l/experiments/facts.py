@@ -10,7 +10,7 @@ import dataclasses
 import math
 import random
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,17 +42,16 @@ from ..data.example import Example
 from ..data.fact_training import FactStream, FactTraining
 from ..data.record import Record
 from ..lm.base import LanguageModel
-from ..measures_qa import by_method
 from ..meter import Meter
 from ..model import DocToLoRA
 from ..qa_metrics import QaScore, score
 from ..teacher import HfTeacher, taught
 from ..train import TrainConfig
 from ..train import train as fit
-from .base import Run
 from .shipped import Curve, fresh
 
 Metric = Literal["f1", "recall"]
+Methods = Callable[["FactRun", Sequence[Record]], dict[tuple[str, str], Method]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ class FactEval:
 
     ``metric`` is what ``relative`` compares (the paper: F1, recall for verbose models).  Slow
     methods (distillation) see the first ``n_slow`` documents only; memory is counted on the first
-    ``n_metered``.
+    ``n_metered``.  ``kinds`` of questions take turns.
     """
 
     n_facts: tuple[int, ...] = (8,)
@@ -74,6 +73,7 @@ class FactEval:
     cd_epochs: int = 300
     cd_lr: float = 1e-4
     metric: Metric = "f1"
+    kinds: tuple[str, ...] = ("recall",)
     forms: str = "test"
     max_new_tokens: int = 16
     seed: int = 4321
@@ -100,8 +100,7 @@ def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
     teacher = HfTeacher(base) if wanted.train.loss == "kl" else None
 
     def held_out(_: int) -> dict[str, float]:
-        records = documents(wanted, wanted.stream.max_facts, 40, shift=10_000)
-        own, wrong = quick_scores(model, records, wanted.eval.max_new_tokens)
+        own, wrong = quick_scores(model, on_the_way(wanted), wanted.eval.max_new_tokens)
         return {"held_out": own, "held_out_wrong": wrong}
 
     def examples(step: int, level: float) -> list[Example]:
@@ -142,7 +141,12 @@ def documents(wanted: FactRun, n_facts: int, n: int, *, shift: int = 0) -> list[
     )
     rng = random.Random(f"held-out/{e.seed + shift}/{n_facts}")
     n_questions = min(e.n_questions, n_facts)
-    return [generator.sample(rng, n_facts, n_questions) for _ in range(n)]
+    return [generator.sample(rng, n_facts, n_questions, e.kinds) for _ in range(n)]
+
+
+def on_the_way(wanted: FactRun) -> list[Record]:
+    """Draw the held-out documents that training is watched with."""
+    return documents(wanted, wanted.stream.max_facts, 40, shift=10_000)
 
 
 def asker(wanted: FactRun, records: Iterable[Record]) -> Any:
@@ -167,8 +171,11 @@ def asker(wanted: FactRun, records: Iterable[Record]) -> Any:
     return ask
 
 
-def wrong_document(records: Sequence[Record]) -> Method:
-    """Return the control: D2L with the adapter of the next document of ``records``."""
+def wrong_document(records: Sequence[Record], *, in_context: bool = False) -> Method:
+    """Return the control: D2L with the adapter of the next document of ``records``.
+
+    With ``in_context`` the right document stands in the prompt.
+    """
     following = {
         r.document: records[(i + 1) % len(records)].document for i, r in enumerate(records)
     }
@@ -178,7 +185,10 @@ def wrong_document(records: Sequence[Record]) -> Method:
         assert model is not None
         base = setting.base
         loras = model.internalize(following[document]).batch(base.device, base.model.dtype)
-        return [reply_to(setting, document, q, Meter(), loras=loras) for q in questions]
+        context = document if in_context else ""
+        return [
+            reply_to(setting, document, q, Meter(), context=context, loras=loras) for q in questions
+        ]
 
     return method
 
@@ -211,12 +221,13 @@ def measure(
     *,
     seed: int,
     only: Iterable[str] | None = None,
+    methods: Methods = methods,
 ) -> pd.DataFrame:
-    """Ask every method (or the series in ``only``) about the held-out documents.
+    """Ask every one of ``methods`` (or the series in ``only``) about the held-out documents.
 
     One row for each method and number of facts, columns as in `artifacts.QA_COLUMNS`.
-    ``relative`` is the metric over that of the base with the document in context on the same
-    questions, its interval a bootstrap over documents.
+    ``relative`` is the metric over that of the first method, the base with the document in
+    context, on the same questions; its interval a bootstrap over documents.
     """
     base, rows = model.base, []
     for n_facts, n_docs in zip(wanted.eval.n_facts, wanted.eval.n_docs, strict=True):
@@ -250,23 +261,6 @@ def measure(
                 | {"seed": seed}
             )
     return pd.DataFrame(rows, columns=list(QA_COLUMNS))
-
-
-class QaRun(Run):
-    """A run whose table has one row for each method and number of facts."""
-
-    def summary(self) -> pd.DataFrame:
-        """Return one row a method, seeds and numbers of facts averaged."""
-        shown = ["recall", "f1", "exact", "relative", "context_ratio", "update_s", "update_mib",
-                 "generation_s", "generation_mib", "adapter_mib"]  # fmt: skip
-        return by_method(self.table, shown).round(4)
-
-    def by_facts(self) -> pd.DataFrame:
-        """Return the metric by number of facts (rows) and method (columns)."""
-        named = self.table.assign(method=self.table["series"] + " " + self.table["part"].fillna(""))
-        return named.pivot_table(
-            index="n_facts", columns="method", values=self.context["metric"], sort=False
-        ).round(3)
 
 
 def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:

@@ -88,11 +88,13 @@ def models(
     trained: Trainer[R],
     *,
     retrain: bool,
+    base_too: bool = True,
 ) -> dict[int, DocToLoRA]:
     """Return the models to evaluate by training seed: those that ship, or one trained for this.
 
     All seeds that ship where ``wanted`` is ``standard`` but for the evaluation and its seed is 0.
-    With ``retrain`` a tiny base is trained from scratch too; what was interrupted resumes.
+    With ``retrain`` and ``base_too`` a tiny base is trained from scratch as well; what was
+    interrupted resumes.
     """
     seed, there = wanted.train.seed, shipped_seeds(figure, scale)
     ships = _with(wanted, eval=standard.eval) == standard and seed in there
@@ -103,7 +105,7 @@ def models(
     folder = run_dir(wanted, f"{figure}-{scale}")
     if retrain and finished(wanted, folder):
         shutil.rmtree(folder)
-    if retrain and wanted.base in FROM_SCRATCH and scale != "smoke":
+    if retrain and base_too and wanted.base in FROM_SCRATCH and scale != "smoke":
         if not (folder / "base").exists():
             task, recipe = FROM_SCRATCH[wanted.base]
             train_tiny(task(), folder / "base", seed, recipe)

@@ -35,7 +35,7 @@ def test_a_page_opens_with_its_claim_and_ends_with_how_to_read_it(path):
     assert page[1]["metadata"]["tags"] == ["parameters"]
     if path.stem in experiments.EXPERIMENTS:
         first, last = cells(path, "markdown")[0], cells(path, "markdown")[-1]
-        for word in ("Claim", "section", "Differences from the paper"):
+        for word in ("Claim", "Doc-to-LoRA, ", "Differences from the paper"):
             assert word in first
         for scale in experiments.EXPERIMENTS[path.stem].scales:
             assert f"`{scale}`" in first

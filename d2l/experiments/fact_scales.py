@@ -1,0 +1,94 @@
+"""The scales of the figures and tables about facts: one recipe, which figure 3 trains and ships."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import (
+    ChunkConfig,
+    EncoderConfig,
+    HypernetConfig,
+    LoraConfig,
+    PerceiverConfig,
+)
+from ..data.fact_training import FactStream
+from ..train import TrainConfig
+from .facts import FactEval, FactRun
+
+PAPER = FactRun(
+    base="google/gemma-2-2b-it",
+    dtype="bfloat16",
+    hypernet=HypernetConfig(
+        encoder=EncoderConfig("per_layer_activations"),
+        perceiver=PerceiverConfig(d_latent=512, n_latents=8, n_blocks=8),
+        lora=LoraConfig(rank=8, target_modules=("down_proj",)),
+    ),
+    chunk=ChunkConfig(max_tok=512, min_tok=25),
+    stream=FactStream(),
+    train=TrainConfig(
+        steps=80_000, docs_per_step=944, docs_per_micro_batch=14, lr=4e-5, warmup=100, l1=0.1,
+        loss="kl",
+    ),
+    eval=FactEval(n_facts=(8,), n_docs=(500,), n_slow=100, cd_queries=(5, 20), metric="f1"),
+)  # fmt: skip
+
+SOURCES = {
+    "base": "section 5",
+    "hypernet.encoder.kind": "section 3.2",
+    "hypernet.perceiver.d_latent": "Listing 1",
+    "hypernet.perceiver.n_latents": "published script",
+    "hypernet.perceiver.n_blocks": "Listing 1",
+    "hypernet.lora.rank": "section 5",
+    "hypernet.lora.scale": "published code: 2 r^1.5, used raw",
+    "chunk.max_tok": "published script, second stage",
+    "train.steps": "section 5 (first stage)",
+    "train.docs_per_step": "64 packs of 4,096 tokens, 277 tokens a document (derived)",
+    "train.lr": "published script",
+    "train.warmup": "published script",
+    "train.l1": "published script",
+    "train.loss": "section 3.1",
+    "eval.n_docs": "published evaluation script",
+    "eval.cd_epochs": "published script",
+    "eval.cd_lr": "published script",
+}
+
+_TINY = {
+    "base": "tiny-qa",
+    "dtype": "float32",
+    "hypernet.perceiver": PerceiverConfig(
+        d_latent=128, n_latents=16, n_blocks=2, n_heads=4, n_kv_heads=2, d_head=32,
+        projection_factor=2,
+    ),
+    "hypernet.encoder.next_token": True,
+    "hypernet.d_copy": 128,
+    "hypernet.lora.rank": 16,
+    "hypernet.lora.scale": 8.0,
+    "chunk": ChunkConfig(max_tok=256, min_tok=8),
+    "stream": FactStream(
+        vocabulary="closed", max_facts=8, queries_per_doc=4, words="all", rivals=False
+    ),
+    "train": TrainConfig(
+        steps=1200, docs_per_step=32, docs_per_micro_batch=32, lr=2e-3, betas=(0.9, 0.98),
+        warmup=50,
+        curriculum=400,
+        eval_every=250,
+    ),
+    "eval": FactEval(
+        n_facts=(1, 4, 8, 16), n_docs=(40,) * 4, n_slow=4, cd_lr=5e-3
+    ),
+}  # fmt: skip
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "tiny": _TINY,
+    "smoke": _TINY
+    | {
+        "train.steps": 3,
+        "train.eval_every": 0,
+        "train.docs_per_step": 4,
+        "eval": FactEval(
+            n_facts=(2,), n_docs=(3,), n_questions=2, n_slow=1, rates=(0.5,), cd_queries=(2,),
+            cd_epochs=2, n_metered=1, max_new_tokens=6,
+        ),
+    },
+}  # fmt: skip

@@ -1,0 +1,153 @@
+"""The frame of every figure and table about facts: config, run and train from one declaration."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..artifacts import QA_COLUMNS
+from ..config import with_overrides
+from ..figures import Figure
+from ..measures_qa import by_method
+from ..model import DocToLoRA
+from .base import Request, Run, need_gpu_and_model, request
+from .fact_scales import OVERRIDES, PAPER, SOURCES
+from .facts import FactRun, card, measure, trained
+from .shipped import models, shipped_seeds, train_and_ship
+
+SHIPS = "fig3"
+"""The figure whose recipe and weights all the others start from."""
+AGAIN = ("d2l", "wrong_document", "base_with_context")
+COMPARED = ("d2l", "wrong_document", "base_with_context", "base_without_context")
+
+Changes = Mapping[str, Any]
+Measure = Callable[..., pd.DataFrame]
+
+
+@dataclasses.dataclass(frozen=True)
+class QaExperiment:
+    """A figure or table whose rows are methods that answer questions about held-out documents.
+
+    ``variants`` names what is compared: each is the recipe of figure 3 with some dotted keys
+    changed, and becomes the ``part`` of series *d2l*.  Without variants the methods of ``series``
+    (None: all) are asked with the weights that ship, those of ``again`` with every training seed.
+    ``changes`` are made to the evaluation of a scale first.
+    """
+
+    id: str
+    draw: Callable[..., Figure]
+    series: tuple[str, ...] | None = None
+    variants: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
+    changes: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
+    again: tuple[str, ...] = AGAIN
+    measure: Measure = measure
+
+    def config(self, scale: str, overrides: Changes | None = None) -> FactRun:
+        """Return the complete config of a scale, with dotted overrides applied last.
+
+        Raises ValueError for an unknown key or a value of another type.
+        """
+        recipe = with_overrides(PAPER, OVERRIDES[scale])
+        return with_overrides(with_overrides(recipe, self.changes.get(scale, {})), overrides or {})
+
+    def run(
+        self,
+        scale: str = "tiny",
+        seed: int = 0,
+        overrides: str | dict[str, Any] = "{}",
+        out_dir: str = "",
+        retrain: bool = False,
+    ) -> QaRun:
+        """Ask every method the same held-out questions; hand back table, figure and verdicts.
+
+        Weights that ship are used, others are trained first (an interrupted training resumes);
+        ``retrain`` trains all of them again.  Raises ValueError for a request that cannot be served
+        and CannotRun where the scale needs a GPU or the hub.
+        """
+        began = time.monotonic()
+        asked = request(self.id, scale, seed, overrides, out_dir)
+        wanted = self.config(scale, {"train.seed": seed} | asked.overrides)
+        if scale == "paper":
+            need_gpu_and_model(self.id, wanted.base)
+        drawn = QaRun(
+            request=asked,
+            config=wanted,
+            paper=self.config("paper"),
+            sources=SOURCES,
+            table=pd.concat(list(self.rows(asked, retrain)), ignore_index=True),
+            context={"metric": wanted.eval.metric},
+            title=wanted.base,
+            seconds=time.monotonic() - began,
+            draw=self.draw,
+            columns=QA_COLUMNS,
+        )
+        drawn.save()
+        return drawn
+
+    def train(self, scale: str, seed: int = 0, overrides: Changes | None = None) -> Path:
+        """Train the hypernetwork of a scale, those of all variants; see `shipped.train_and_ship`.
+
+        Raises ValueError where the weights are those of another figure.
+        """
+        if self.id != SHIPS and not self.variants:
+            raise ValueError(f"{self.id} uses the hypernetwork of {SHIPS}: `just train {SHIPS}`")
+        folder = Path()
+        for changes in self.variants.values() or ({},):
+            chosen = {"train.seed": seed, **changes, **(overrides or {})}
+            wanted = self.config(scale, chosen)
+            custom = bool(overrides or self.variants)
+            folder = train_and_ship(SHIPS, scale, wanted, trained, card, custom=custom)
+        return folder
+
+    def rows(self, asked: Request, retrain: bool) -> Iterable[pd.DataFrame]:
+        """Measure every seed that ships, or every variant with as many; what repeats, once."""
+        if not self.variants:
+            wanted, found = self.models(asked, {}, asked.seed, retrain=retrain)
+            for i, (seed, model) in enumerate(found.items()):
+                yield self.measure(wanted, model, seed=seed, only=self.again if i else self.series)
+            return
+        usual = asked.scale != "smoke" and asked.seed == 0 and not asked.overrides
+        seeds = (shipped_seeds(SHIPS, asked.scale) if usual else []) or [asked.seed]
+        for i, (part, changes) in enumerate(self.variants.items()):
+            for j, seed in enumerate(seeds):
+                wanted, found = self.models(asked, changes, seed, retrain=retrain)
+                table = self.measure(wanted, found[seed], seed=seed, only=COMPARED)
+                yield _as_variant(table, part, with_base=i == j == 0)
+
+    def models(
+        self, asked: Request, changes: Changes, seed: int, *, retrain: bool
+    ) -> tuple[FactRun, dict[int, DocToLoRA]]:
+        """Return the config with ``changes``, and its models by seed; see `shipped.models`."""
+        standard = with_overrides(PAPER, {**OVERRIDES[asked.scale], "train.seed": seed})
+        wanted = self.config(asked.scale, {"train.seed": seed, **changes, **asked.overrides})
+        how = {"retrain": retrain, "base_too": not self.variants}
+        return wanted, models(SHIPS, asked.scale, wanted, standard, trained, **how)
+
+
+def _as_variant(table: pd.DataFrame, part: str, *, with_base: bool) -> pd.DataFrame:
+    """Keep D2L and its control as ``part``, and the base's rows where wanted."""
+    own = table["series"].isin(["d2l", "wrong_document"]) & (table["part"] != "iterative")
+    kept = pd.DataFrame(table[own | (with_base & table["series"].str.startswith("base"))])
+    return kept.assign(part=kept["part"].where(~own, part))
+
+
+class QaRun(Run):
+    """A run whose table has one row for each method and number of facts."""
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row a method, seeds and numbers of facts averaged."""
+        shown = ["recall", "f1", "exact", "relative", "context_ratio", "update_s", "update_mib",
+                 "generation_s", "generation_mib", "adapter_mib"]  # fmt: skip
+        return by_method(self.table, shown).round(4)
+
+    def by_facts(self) -> pd.DataFrame:
+        """Return the metric by number of facts (rows) and method (columns)."""
+        named = self.table.assign(method=self.table["series"] + " " + self.table["part"].fillna(""))
+        return named.pivot_table(
+            index="n_facts", columns="method", values=self.context["metric"], sort=False
+        ).round(3)

@@ -1,0 +1,142 @@
+"""The figures and tables about facts: one recipe, what each changes, and what each refuses."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from qa_table import METHODS, qa_table
+
+from d2l import artifacts, experiments, figures
+from d2l.config import diff, flatten
+from d2l.data.record import Record
+from d2l.experiments import fig1, fig3, fig6, qa, tab4, tab6, tab7, tab8
+from d2l.experiments.fact_scales import SOURCES
+from d2l.experiments.facts import on_the_way
+from d2l.experiments.qa import QaExperiment, _as_variant
+from d2l.experiments.shipped import weights_dir
+from d2l.train import read_curve
+
+ALL = (fig1.FIGURE, fig3.FIGURE, fig6.FIGURE, tab4.TABLE, tab6.TABLE, tab7.TABLE, tab8.TABLE)
+
+
+@pytest.mark.parametrize("experiment", ALL, ids=lambda e: e.id)
+def test_every_experiment_starts_from_the_recipe_of_figure_3(experiment: QaExperiment) -> None:
+    for scale in experiments.EXPERIMENTS[experiment.id].scales:
+        changed = diff(fig3.config(scale), experiment.config(scale))
+        assert all(key.startswith("eval.") or scale == "smoke" for key in changed)
+    with pytest.raises(ValueError, match=r"train\.step"):
+        experiment.config("tiny", {"train.step": 3})
+
+
+def test_every_source_names_a_setting() -> None:
+    known = flatten(fig3.config("paper"))
+    assert [key for key in SOURCES if not any(k.startswith(key) for k in known)] == []
+
+
+def test_variants_differ_in_what_their_table_is_about() -> None:
+    kl, tokens = (tab6.config("tiny", dict(c)) for c in tab6.TABLE.variants.values())
+    assert diff(kl, tokens) == {"train.loss": ("kl", "ce")}
+    eight, sixteen = (tab7.config("tiny", dict(c)) for c in tab7.TABLE.variants.values())
+    assert diff(eight, sixteen) == {"hypernet.lora.rank": (8, 16)}
+    assert tokens == sixteen == fig3.config("tiny"), "what ships need not be trained again"
+
+
+def test_a_variant_keeps_its_own_rows_and_the_base_once() -> None:
+    methods = METHODS | {("d2l", "iterative"): 0.8}
+    first = _as_variant(qa_table(methods), "kl", with_base=True)
+    later = _as_variant(qa_table(methods), "tokens", with_base=False)
+    assert set(first["series"]) == {"base_with_context", "d2l", "wrong_document"}
+    assert set(later["series"]) == {"d2l", "wrong_document"}
+    assert set(first[first["series"] == "base_with_context"]["part"]) == {""}
+    assert set(later["part"]) == {"tokens"}
+    assert len(first[first["series"] == "d2l"]) == 4, "one row a seed and number of facts"
+
+
+def test_compared_models_are_measured_variant_by_variant(monkeypatch, tmp_path) -> None:
+    asked = []
+
+    def measured(wanted, model, *, seed, only):
+        asked.append((wanted.hypernet.lora.rank, seed))
+        return qa_table(seeds=(seed,))
+
+    table = QaExperiment("tab7", draw=figures.draw_by_facts, variants=tab7.TABLE.variants,
+                         measure=measured)  # fmt: skip
+    monkeypatch.setattr(
+        qa, "models", lambda figure, scale, wanted, *_, **how: dict.fromkeys((0, 1, 2))
+    )
+    monkeypatch.setattr(qa, "shipped_seeds", lambda *_: [0, 1, 2])
+    run = table.run("tiny", out_dir=str(tmp_path))
+    assert asked == [(rank, seed) for rank in (8, 16) for seed in (0, 1, 2)]
+    rows = run.table.groupby(["series", "part"]).size().to_dict()
+    assert rows == {
+        ("base_with_context", ""): 2,
+        ("d2l", "rank 8"): 6,
+        ("d2l", "rank 16"): 6,
+        ("wrong_document", "rank 8"): 6,
+        ("wrong_document", "rank 16"): 6,
+    }
+    verdicts = run.check()
+    assert list(verdicts["verdict"]) == ["does not hold"], "both were given the same numbers"
+
+
+def test_the_curve_is_the_one_that_ships_relative_to_the_base(tmp_path) -> None:
+    run = fig6.run("tiny", out_dir=str(tmp_path))
+    table = run.table
+    base = table[table["series"] == "base_with_context"]["recall"].item()
+    assert base > 0.9
+    for seed in (0, 1, 2):
+        points = [p for p in read_curve(weights_dir("fig3", "tiny", seed)) if "held_out" in p]
+        own = table[(table["series"] == "d2l") & (table["seed"] == seed)]
+        assert [int(p) for p in own["part"]] == [p["step"] for p in points]
+        assert list(own["relative"]) == pytest.approx([p["held_out"] / base for p in points])
+    (line,) = [x for x in run.figure().axes[0].get_lines() if x.get_label() == "D2L"]
+    assert len(line.get_xdata()) == len(points)
+    assert set(run.check()["verdict"]) == {"holds"}
+
+
+def test_the_watched_documents_are_not_those_of_the_evaluation() -> None:
+    from d2l.experiments.facts import documents
+
+    wanted = fig3.config("tiny")
+    watched: list[Record] = on_the_way(wanted)
+    asked = documents(wanted, wanted.stream.max_facts, 40)
+    assert not {r.document for r in watched} & {r.document for r in asked}
+
+
+def test_figure_1_is_drawn_from_figure_3(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(fig1, "results_dir", lambda *_: tmp_path)
+    with pytest.raises(ValueError, match="just reproduce fig3 --scale tiny"):
+        fig1.run("tiny", out_dir=str(tmp_path / "out"))
+    artifacts.write_csv(tmp_path / "data.csv", qa_table())
+    with pytest.raises(ValueError, match="takes no other settings"):
+        fig1.run("tiny", overrides={"train.steps": 1}, out_dir=str(tmp_path / "out"))
+    run = fig1.run("tiny", out_dir=str(tmp_path / "out"))
+    assert "wrong_document" not in set(run.table["series"])
+    widths = [round(bar.get_width(), 3) for bar in run.figure().axes[0].patches]
+    assert widths == [0.895, 0.995, 0.595]
+
+
+def test_training_is_asked_of_the_figure_that_ships() -> None:
+    with pytest.raises(ValueError, match="tab8 uses the hypernetwork of fig3"):
+        tab8.train("tiny")
+
+
+def test_lines_by_facts_are_means_over_seeds() -> None:
+    methods = {("d2l", "kl"): 0.9, ("d2l", "tokens"): 0.7, ("wrong_document", "kl"): 0.1}
+    table = qa_table(methods)
+    drawn = figures.draw_by_facts(table, scale="tiny", title="x", metric="recall")
+    lines = {x.get_label(): list(x.get_ydata()) for x in drawn.axes[0].get_lines()}
+    assert lines["D2L, kl"] == pytest.approx([0.895, 0.895])
+    assert lines["D2L, tokens"] == pytest.approx([0.695, 0.695])
+    assert lines["D2L, wrong document"] == pytest.approx([0.095, 0.095])
+
+
+def test_a_curve_draws_seeds_and_their_mean() -> None:
+    rows = [
+        qa_table({("d2l", str(step)): value, ("wrong_document", str(step)): 0.0}, n_facts=(8,))
+        for step, value in ((10, 0.2), (20, 0.8))
+    ]
+    table = pd.concat(rows, ignore_index=True)
+    drawn = figures.draw_fig6(table, scale="tiny", title="x", metric="recall")
+    lines = {x.get_label(): list(x.get_ydata()) for x in drawn.axes[0].get_lines()}
+    assert lines["D2L"] == pytest.approx([0.195, 0.795])
