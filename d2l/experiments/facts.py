@@ -227,16 +227,18 @@ def measure(
 
     One row for each method and number of facts, columns as in `artifacts.QA_COLUMNS`.
     ``relative`` is the metric over that of the first method, the base with the document in
-    context, on the same questions; its interval a bootstrap over documents.
+    context, on the same questions; its interval a bootstrap over documents.  Memory is counted
+    apart, and of two epochs where a method trains: it peaks in the first.
     """
     base, rows = model.base, []
+    short = dataclasses.replace(wanted, eval=dataclasses.replace(wanted.eval, cd_epochs=2))
     for n_facts, n_docs in zip(wanted.eval.n_facts, wanted.eval.n_docs, strict=True):
         records = documents(wanted, n_facts, n_docs)
         ask = asker(wanted, records)
-        chosen = methods(wanted, records)
-        picked = {k: m for k, m in chosen.items() if only is None or k[0] in only}
+        chosen, brief = methods(wanted, records), methods(short, records)
+        picked = [k for k in chosen if only is None or k[0] in only]
         reference: dict[str, list[QaScore]] = {}
-        for (series, part), method in tqdm(picked.items(), desc=f"{n_facts} facts", unit="method"):
+        for series, part in tqdm(picked, desc=f"{n_facts} facts", unit="method"):
             slow = series.startswith("cd_")
             asked = records[: wanted.eval.n_slow] if slow else records
             half = max(1, len(base.tokenizer(asked[0].document).input_ids) // 2)
@@ -247,14 +249,12 @@ def measure(
                 context_tok=half if part == "half" else None,
                 ask=ask,
             )
-            scores, replies = _ask_all(setting, method, asked)
+            scores, replies = _ask_all(setting, chosen[series, part], asked)
             if not reference:
                 reference = scores
             metered = dataclasses.replace(setting, count_memory=True)
             few = asked[: 1 if slow else wanted.eval.n_metered]
-            measured = [
-                r for record in few for r in method(metered, record.document, _texts(record))
-            ]
+            _, measured = _ask_all(metered, brief[series, part], few)
             rows.append(
                 {"series": series, "part": part, "n_facts": n_facts, "n_docs": len(asked)}
                 | _row(scores, replies, measured, reference, wanted.eval.metric)
