@@ -67,6 +67,8 @@ _QA_STYLES = {
     "d2l_with_truncated_context": _Style("D2L and half of the document", _COLOURS[9], "o"),
     "wrong_document": _Style("D2L, wrong document", _COLOURS[4], "D", hollow=True),
     "with_context_and_adapter": _Style("document in context, and an adapter", _COLOURS[0], "o"),
+    "d2l_swapped": _Style("D2L of the question, document in context", _COLOURS[3], "o"),
+    "document_alone": _Style("document in context, no question", (0.5, 0.5, 0.5), "P"),
     "cd_oracle": _Style("context distillation, oracle", _COLOURS[3], "^"),
     "cd_generated": _Style("context distillation, other questions", _COLOURS[3], "^", hollow=True),
 }

@@ -6,7 +6,14 @@ generation apart.  Some methods have parameters: ``compressed(0.4)`` is a method
 """
 
 from .distilled import DistillConfig, distilled
-from .internalized import d2l_batched, d2l_iterative, d2l_with_truncated_context, peft_adapter
+from .internalized import (
+    d2l_batched,
+    d2l_iterative,
+    d2l_swapped,
+    d2l_with_truncated_context,
+    document_alone,
+    peft_adapter,
+)
 from .prompted import compressed, in_context, retrieved, truncated_context, without_context
 from .setting import Method, Reply, Setting
 
@@ -18,8 +25,10 @@ __all__ = [
     "compressed",
     "d2l_batched",
     "d2l_iterative",
+    "d2l_swapped",
     "d2l_with_truncated_context",
     "distilled",
+    "document_alone",
     "in_context",
     "peft_adapter",
     "retrieved",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..lora import ChunkLora, LoraBatch
+from ..meter import Meter
 from ..model import DocToLoRA
 from .prompted import cut_middle
 from .setting import Method, Reply, Setting, reply_to
@@ -43,6 +45,22 @@ def d2l_with_truncated_context(
     return replies
 
 
+def d2l_swapped(setting: Setting, document: str, questions: Sequence[str]) -> list[Reply]:
+    """Internalise the question instead, and put the document alone into the prompt (table 3)."""
+    model = _hypernet(setting)
+    replies = []
+    for question in questions:
+        asked = setting.user_text(question)
+        loras, update = setting.measured(lambda: _internalize(model, asked, at_once=True))  # noqa: B023
+        replies.append(_read_silently(setting, document, update, loras))
+    return replies
+
+
+def document_alone(setting: Setting, document: str, questions: Sequence[str]) -> list[Reply]:
+    """Put the document into the prompt and ask nothing: the floor of `d2l_swapped`."""
+    return [_read_silently(setting, document, Meter(), None) for _ in questions]
+
+
 def peft_adapter(folder: str | Path) -> Method:
     """Return the method that answers with a PEFT LoRA that somebody made, whatever the document.
 
@@ -59,6 +77,14 @@ def peft_adapter(folder: str | Path) -> Method:
         return [reply_to(setting, document, q, update, loras=loras) for q in questions]
 
     return method
+
+
+def _read_silently(
+    setting: Setting, document: str, update: Meter, loras: LoraBatch | None
+) -> Reply:
+    silent = dataclasses.replace(setting, prompt="{question}")
+    reply = reply_to(silent, document, document, update, loras=loras)
+    return dataclasses.replace(reply, context_tok=reply.document_tok)
 
 
 @torch.no_grad()

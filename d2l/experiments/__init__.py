@@ -52,7 +52,7 @@ EXPERIMENTS = {
             title="Needle in a haystack: retrieval and memory against haystack length",
             default_scale="small",
             cost={
-                "smoke": "under 20 s",
+                "smoke": "half a minute",
                 "tiny": "7 min; with --retrain about 20, everything from scratch",
                 "small": "12 min with bfloat16 instructions, 19 without; shipped hypernetwork",
                 "paper": "one GPU; training took the authors about 3 h on an H200",
@@ -64,7 +64,7 @@ EXPERIMENTS = {
             title="Answering questions from an adapter, against every alternative",
             default_scale="tiny",
             cost={
-                "smoke": "under 20 s",
+                "smoke": "half a minute",
                 "tiny": "TIME_fig3 from the shipped hypernetwork",
                 "paper": "one GPU; training took the authors 5 days on 8 H200",
             },
@@ -75,6 +75,7 @@ EXPERIMENTS = {
             title="D2L beside context distillation: quality, latency, memory",
             default_scale="tiny",
             cost={
+                "smoke": "half a minute",
                 "tiny": "seconds, from the results of fig3",
                 "paper": "seconds, from the results of fig3",
             },
@@ -85,17 +86,24 @@ EXPERIMENTS = {
             title="Performance while the hypernetwork trains",
             default_scale="tiny",
             cost={
-                "smoke": "under 20 s",
+                "smoke": "half a minute",
                 "tiny": "seconds, from the curves that ship",
                 "paper": "training the hypernetwork, days on 8 H200",
             },
             module="d2l.experiments.fig6",
         ),
         Experiment(
+            id="tab3",
+            title="Internalising the question instead of the document",
+            default_scale="tiny",
+            cost={"smoke": "half a minute", "tiny": "TIME_tab3", "paper": "one GPU"},
+            module="d2l.experiments.tab3",
+        ),
+        Experiment(
             id="tab4",
             title="What distilling one document costs, by its number of questions",
             default_scale="tiny",
-            cost={"smoke": "under 20 s", "tiny": "TIME_tab4", "paper": "one GPU"},
+            cost={"smoke": "half a minute", "tiny": "TIME_tab4", "paper": "one GPU"},
             module="d2l.experiments.tab4",
         ),
         Experiment(
@@ -103,7 +111,7 @@ EXPERIMENTS = {
             title="What the hypernetwork learns from: probabilities or tokens",
             default_scale="tiny",
             cost={
-                "smoke": "under 20 s",
+                "smoke": "half a minute",
                 "tiny": "TIME_tab6",
                 "paper": "training two hypernetworks, days on 8 H200",
             },
@@ -114,7 +122,7 @@ EXPERIMENTS = {
             title="How many ranks the hypernetwork writes",
             default_scale="tiny",
             cost={
-                "smoke": "under 20 s",
+                "smoke": "half a minute",
                 "tiny": "TIME_tab7",
                 "paper": "training two hypernetworks, days on 8 H200",
             },
@@ -124,7 +132,7 @@ EXPERIMENTS = {
             id="tab8",
             title="What an adapter does to questions that it does not concern",
             default_scale="tiny",
-            cost={"smoke": "under 20 s", "tiny": "TIME_tab8", "paper": "one GPU"},
+            cost={"smoke": "half a minute", "tiny": "TIME_tab8", "paper": "one GPU"},
             module="d2l.experiments.tab8",
         ),
     )

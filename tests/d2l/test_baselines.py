@@ -112,6 +112,17 @@ def test_internalised_and_in_the_prompt_at_once(setting, sample):
     assert reply.adapter_mib > 0
 
 
+def test_swapped_is_the_question_in_the_adapter_and_the_document_in_the_prompt(setting, sample):
+    ask = (setting, sample.document, [sample.question])
+    (reply,), (bare,) = baselines.d2l_swapped(*ask), baselines.document_alone(*ask)
+    model = setting.hypernet
+    for found, adapter in ((reply, model.internalize(sample.question)), (bare, None)):
+        (said,) = model.generate([sample.document], [adapter], max_new_tokens=6)
+        assert found.text.strip() == said.strip()
+        assert found.context_ratio == 1.0
+    assert reply.adapter_mib > bare.adapter_mib == 0
+
+
 def test_the_middle_is_cut_where_the_window_ends(setting):
     (long,) = NeedleGenerator(setting.base.tokenizer, split="test").stratified(1, 900, 1000, seed=2)
     (reply,) = baselines.truncated_context(setting, long.document, [long.question])

@@ -9,7 +9,7 @@ from qa_table import METHODS, qa_table
 from d2l import artifacts, experiments, figures
 from d2l.config import diff, flatten
 from d2l.data.record import Record
-from d2l.experiments import fig1, fig3, fig6, qa, tab4, tab6, tab7, tab8
+from d2l.experiments import fig1, fig3, fig6, qa, tab3, tab4, tab6, tab7, tab8
 from d2l.experiments.fact_scales import SOURCES
 from d2l.experiments.facts import on_the_way
 from d2l.experiments.qa import QaExperiment, _as_variant
@@ -17,7 +17,16 @@ from d2l.experiments.shipped import weights_dir
 from d2l.model import DocToLoRA
 from d2l.train import read_curve
 
-ALL = (fig1.FIGURE, fig3.FIGURE, fig6.FIGURE, tab4.TABLE, tab6.TABLE, tab7.TABLE, tab8.TABLE)
+ALL = (
+    fig1.FIGURE,
+    fig3.FIGURE,
+    fig6.FIGURE,
+    tab3.TABLE,
+    tab4.TABLE,
+    tab6.TABLE,
+    tab7.TABLE,
+    tab8.TABLE,
+)
 
 
 @pytest.mark.parametrize("experiment", ALL, ids=lambda e: e.id)
