@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,8 +246,8 @@ def draw_fig6(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Fi
             rows = rows.assign(step=rows["part"].astype(int)).sort_values("step")
             for _, one in rows.groupby("seed"):
                 axes.plot(one["step"], one["relative"], color=style.colour, alpha=0.35, lw=0.8)
-            mean = rows.groupby("step")["relative"].mean()
-            _plot(axes, list(mean.index), list(mean), style)
+            at, mean = _mean(rows, "step", "relative")
+            _plot(axes, at, mean, style)
         axes.axhline(1.0, color="0.6", linewidth=0.7, zorder=1)
         axes.set(
             xlabel="training step", ylabel="recall relative to the base\nthat reads the document"
@@ -269,19 +270,23 @@ def draw_by_facts(table: pd.DataFrame, *, scale: str, title: str, metric: str) -
         axes = figure.subplots()
         counts = sorted(set(named["n_facts"]))
         parts = [p for p in dict.fromkeys(named["part"]) if p]
-        for (series, part), rows in named.groupby(["series", "part"], sort=False):
-            style = _QA_STYLES.get(str(series), _Style(str(series), (0.5, 0.5, 0.5), "."))
+        for series, part in named[["series", "part"]].drop_duplicates().itertuples(index=False):
+            rows = pd.DataFrame(named[(named["series"] == series) & (named["part"] == part)])
+            style = _QA_STYLES.get(series, _Style(series, (0.5, 0.5, 0.5), "."))
             if part and series != "wrong_document":
                 colour = _PART_COLOURS[parts.index(part) % len(_PART_COLOURS)]
                 style = dataclasses.replace(style, label=f"{style.label}, {part}", colour=colour)
-            at = [counts.index(n) for n in sorted(set(rows["n_facts"]))]
             for _, one in rows.groupby("seed"):
-                ordered = one.sort_values("n_facts")
-                axes.plot(at, ordered[metric], color=style.colour, alpha=0.3, linewidth=0.8)
-            _plot(axes, at, list(rows.groupby("n_facts")[metric].mean()), style)
+                there, values = _mean(pd.DataFrame(one), "n_facts", metric)
+                at = [counts.index(n) for n in there]
+                axes.plot(at, values, color=style.colour, alpha=0.3, linewidth=0.8)
+            there, values = _mean(rows, "n_facts", metric)
+            _plot(axes, [float(counts.index(n)) for n in there], values, style)
         axes.set_xticks(range(len(counts)), [str(n) for n in counts])
         axes.set(xlabel="facts in the document", ylabel=metric, ylim=(-0.04, 1.06))
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=2,
+                      frameon=False)  # fmt: skip
         figure.suptitle(f"Answering about a document, scale {scale}, {title}", fontsize=9)
         sns.despine(fig=figure)
     return figure
@@ -353,6 +358,12 @@ def _draw_memory(axes: Axes, table: pd.DataFrame) -> None:
     axes.yaxis.set_major_locator(FixedLocator([10.0**k for k in decades]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
+def _mean(rows: pd.DataFrame, by: str, column: str) -> tuple[list[float], list[float]]:
+    """Return the values of ``by``, ascending, and the mean of ``column`` at each."""
+    at = sorted(set(rows[by]))
+    return at, [statistics.fmean(rows[rows[by] == x][column]) for x in at]
 
 
 def _curve(table: pd.DataFrame, series: str) -> list[Point]:
