@@ -218,11 +218,12 @@ def draw_fig1(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Fi
         figure = PaperFigure(figsize=(7.2, 1.9), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, 3, sharey=True)
-        labels = [f"relative {metric}", *(label for _, label, _ in _FIG3_AXES[1:])]
+        labels = (f"{metric}, relative", "update latency (s)", "update memory (MiB)")
         for axes, column, label in zip(
             panels, ("relative", "update_s", "update_mib"), labels, strict=True
         ):
-            bars = axes.barh(range(len(points)), points[column], color=[s.colour for s in styles])
+            fills = [(*s.colour, 0.45 if s.hollow else 1.0) for s in styles]
+            bars = axes.barh(range(len(points)), points[column], color=fills)
             axes.bar_label(bars, fmt="{:.3g}", padding=2, fontsize=7)
             axes.set(xlabel=label, xscale="linear" if column == "relative" else "log")
             axes.margins(x=0.2)

@@ -36,6 +36,7 @@ class QaExperiment:
     ``variants`` names what is compared: each is the recipe of figure 3 with some dotted keys
     changed, and becomes the ``part`` of series *d2l*.  Without variants the methods of ``series``
     (None: all) are asked with the weights that ship, those of ``again`` with every training seed.
+    At most ``most_seeds`` training seeds are compared.
     ``changes`` are made to the evaluation of a scale first.
     """
 
@@ -45,6 +46,7 @@ class QaExperiment:
     variants: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
     changes: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
     again: tuple[str, ...] = AGAIN
+    most_seeds: int = 3
     measure: Measure = measure
 
     def config(self, scale: str, overrides: Changes | None = None) -> FactRun:
@@ -113,6 +115,7 @@ class QaExperiment:
             return
         usual = asked.scale != "smoke" and asked.seed == 0 and not asked.overrides
         seeds = (shipped_seeds(SHIPS, asked.scale) if usual else []) or [asked.seed]
+        seeds = seeds[: self.most_seeds]
         for i, (part, changes) in enumerate(self.variants.items()):
             for j, seed in enumerate(seeds):
                 wanted, found = self.models(asked, changes, seed, retrain=retrain)
