@@ -126,6 +126,22 @@ def test_features_and_layers_must_match():
         Hypernet(hypernet_config(), TargetShapes((), {}, {}), 16)
 
 
+def test_features_of_layers_that_are_not_adapted_are_not_read(monkeypatch):
+    model = doc_to_lora(layers=(1,))
+    chunks = [[1, 2, 3, 4], [5, 6, 7]]
+    every = []
+    segments = model.encoder([torch.tensor(c) for c in chunks], every.append)
+    expected = model.hypernet.generate(
+        model.hypernet.assemble([model.hypernet.read(f, segments) for f in every])
+    )
+    calls, read = [], model.hypernet.read
+    monkeypatch.setattr(model.hypernet, "read", lambda *a: calls.append(0) or read(*a))
+    found = model.encode(chunks)
+    assert (len(every), len(calls)) == (3, 1)
+    assert torch.allclose(found.A["down_proj"], expected.A["down_proj"], atol=1e-6)
+    assert torch.allclose(found.B["down_proj"], expected.B["down_proj"], atol=1e-6)
+
+
 def test_the_gate_scales_a_chunks_delta_W():
     built = hypernet(chunk_gate=True)
     for m in TARGETS.modules:
