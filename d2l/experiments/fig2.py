@@ -76,12 +76,11 @@ SOURCES = {
 _TINY = {
     "base": "tiny",
     "dtype": "float32",
-    "hypernet.encoder": EncoderConfig("per_layer_activations", next_token=True),
+    "hypernet.encoder": EncoderConfig("per_layer_activations"),
     "hypernet.perceiver": PerceiverConfig(
         d_latent=128, n_latents=8, n_blocks=2, n_heads=4, n_kv_heads=2, d_head=32,
-        projection_factor=1,
+        projection_factor=2,
     ),
-    "hypernet.d_copy": 128,
     "hypernet.lora.scale": 8.0,
     "hypernet.chunk_gate": True,
     "chunk": ChunkConfig(max_tok=256, min_tok=8),
@@ -91,10 +90,10 @@ _TINY = {
         word_share=0.3,
     ),
     "train": TrainConfig(
-        steps=400, docs_per_step=16, docs_per_micro_batch=16, lr=2e-3, betas=(0.9, 0.98),
+        steps=1500, docs_per_step=32, docs_per_micro_batch=32, lr=2e-3, betas=(0.9, 0.98),
         warmup=50,
-        curriculum=100,
-        eval_every=200,
+        curriculum=300,
+        eval_every=500,
     ),
     "eval": NeedleEval(
         lengths=(64, 128, 256, 512, 1024, 2048, 4096, 8192),
