@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -151,11 +151,14 @@ def claims_(as_json: AsJson = False) -> None:
 def bench(
     scale: Annotated[str, typer.Option(help="tiny or small, from shipped weights.")] = "small",
     repeats: Annotated[int, typer.Option(min=1, help="Runs per length; medians are kept.")] = 3,
+    only: Annotated[
+        Literal["internalize", "queries"] | None, typer.Option(help="Measure one of the two.")
+    ] = None,
 ) -> None:
     """Measure what internalising and asking cost, against the bare encoder and the bare base."""
     from ..experiments.bench import run
 
-    folder, tables = run(scale, repeats)
+    folder, tables = run(scale, repeats, only)
     for table in tables:
         console().print(table.round(3).to_string(index=False))
     console().print(f"Written to {short(folder)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
@@ -15,18 +16,25 @@ LENGTHS = {"tiny": (2048, 8192), "small": (8192, 32768, 131072)}
 CONTEXT = {"tiny": 400, "small": 8000}
 
 
-def run(scale: str, repeats: int) -> tuple[Path, list[pd.DataFrame]]:
+def run(
+    scale: str, repeats: int, only: Literal["internalize", "queries"] | None = None
+) -> tuple[Path, list[pd.DataFrame]]:
     """Measure `internalize_cost` at every length of a scale, and `query_cost`; write both.
 
-    Raises ValueError for a scale without shipped weights.
+    ``only`` measures one of them and leaves the other's file as it is.  Raises ValueError for a
+    scale without shipped weights.
     """
     if scale not in LENGTHS:
         raise ValueError(f"scale must be one of {', '.join(LENGTHS)}, got {scale!r}")
     model = load_shipped("fig2", {0: config(scale)}, scale)[0]
-    table = pd.DataFrame([internalize_cost(model, n, repeats=repeats) for n in LENGTHS[scale]])
     folder = paper_dir() / "results" / "bench" / scale
-    write_csv(folder / "internalize.csv", table)
-    queries = pd.DataFrame(query_cost(model, CONTEXT[scale], repeats=repeats))
-    write_csv(folder / "queries.csv", queries)
+    tables = {}
+    if only != "queries":
+        costs = [internalize_cost(model, n, repeats=repeats) for n in LENGTHS[scale]]
+        tables["internalize"] = pd.DataFrame(costs)
+    if only != "internalize":
+        tables["queries"] = pd.DataFrame(query_cost(model, CONTEXT[scale], repeats=repeats))
+    for name, table in tables.items():
+        write_csv(folder / f"{name}.csv", table)
     write_json(folder / "device.json", describe_device())
-    return folder, [table, queries]
+    return folder, [*tables.values()]

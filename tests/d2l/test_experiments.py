@@ -86,3 +86,25 @@ def test_run_reports_differences_and_refuses_other_columns(tmp_path):
     assert run.variant_accuracy().shape == (9, 4)
     with pytest.raises(ValueError, match="table must have the columns"):
         base.Run(**{**vars(run), "table": needle_table().drop(columns="n")})
+
+
+def test_bench_measures_both_or_one_and_leaves_the_other(monkeypatch, tmp_path):
+    from d2l.experiments import bench
+
+    lengths = []
+    monkeypatch.setattr(bench, "load_shipped", lambda *_: {0: None})
+    monkeypatch.setattr(
+        bench, "internalize_cost", lambda _, n, repeats: lengths.append(n) or {"haystack_tok": n}
+    )
+    monkeypatch.setattr(bench, "query_cost", lambda _, n, repeats: [{"measure": n}])
+    monkeypatch.setattr(bench, "paper_dir", lambda: tmp_path)
+    folder, tables = bench.run("tiny", 1)
+    assert [len(t) for t in tables] == [2, 1]
+    assert (folder / "internalize.csv").read_text() == "haystack_tok\n2048\n8192\n"
+    (folder / "internalize.csv").write_text("kept")
+    _, (only,) = bench.run("tiny", 1, "queries")
+    assert (folder / "internalize.csv").read_text() == "kept"
+    assert list(only["measure"]) == [400]
+    assert lengths == [2048, 8192]
+    with pytest.raises(ValueError, match="scale must be one of tiny, small, got 'huge'"):
+        bench.run("huge", 1)
