@@ -176,8 +176,9 @@ class Hypernet(nn.Module):
                 f"the encoder gave {len(latents)} layers' features, "
                 f"but layer {max(self.targets.layers)} of the base is adapted"
             )
-        chosen = [latents[i] for i in self.targets.layers]
-        return torch.stack([x for x in chosen if x is not None], 1).unflatten(2, shape)
+        chosen = [x for i in self.targets.layers if (x := latents[i]) is not None]
+        assert len(chosen) == len(self.targets.layers)
+        return torch.stack(chosen, 1).unflatten(2, shape)
 
     def generate(self, embeddings: Float[Tensor, "chunk layer mod r d_read"]) -> ChunkLora:
         """Turn embeddings into LoRA factors of every chunk, without merging."""

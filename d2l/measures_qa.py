@@ -54,6 +54,20 @@ def qa_ratio(
 
 
 @measure
+def qa_f1_kept(
+    table: pd.DataFrame, context: Mapping[str, Any], *, series: str, part: str = ""
+) -> Measurement:
+    """Divide a method's F1 by its recall: what is left where it names the answer among other words.
+
+    Raises NotTestable where it names hardly any (recall below 0.1).
+    """
+    f1, recall = cell(table, "f1", series, part), cell(table, "recall", series, part)
+    if recall < 0.1:
+        raise NotTestable(f"recall of {_name(series, part)} is {recall:.3g}")
+    return Measurement(f1 / recall, f"{_name(series, part)}: F1 {f1:.3g}, recall {recall:.3g}")
+
+
+@measure
 def qa_difference(
     table: pd.DataFrame,
     context: Mapping[str, Any],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -36,5 +37,7 @@ def run(
         tables["queries"] = pd.DataFrame(query_cost(model, CONTEXT[scale], repeats=repeats))
     for name, table in tables.items():
         write_csv(folder / f"{name}.csv", table)
-    write_json(folder / "device.json", describe_device())
+    path = folder / "device.json"
+    known = json.loads(path.read_text()) if only and path.exists() else {}
+    write_json(path, {**known, **dict.fromkeys(tables, describe_device())})
     return folder, [*tables.values()]

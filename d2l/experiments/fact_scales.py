@@ -28,6 +28,7 @@ PAPER = FactRun(
     train=TrainConfig(
         steps=80_000, docs_per_step=944, docs_per_micro_batch=14, lr=4e-5, warmup=100, l1=0.1,
         loss="kl",
+        eval_every=5000,
     ),
     eval=FactEval(n_facts=(8,), n_docs=(500,), n_slow=100, cd_queries=(5, 20), metric="f1"),
 )  # fmt: skip

@@ -48,7 +48,7 @@ from ..qa_metrics import QaScore, score
 from ..teacher import HfTeacher, taught
 from ..train import TrainConfig
 from ..train import train as fit
-from .shipped import Curve, fresh
+from .shipped import FROM_SCRATCH, Curve, fresh
 
 Metric = Literal["f1", "recall"]
 Methods = Callable[["FactRun", Sequence[Record]], dict[tuple[str, str], Method]]
@@ -152,7 +152,8 @@ def on_the_way(wanted: FactRun) -> list[Record]:
 def asker(wanted: FactRun, records: Iterable[Record]) -> Any:
     """Return ``ask(document, n)``: questions in training forms about the facts of a record.
 
-    They stand for what a capable model would ask; the bases at these scales write none.
+    They stand for what a capable model would ask: a base made from scratch writes none.  There are
+    a few for each fact, so a document may have fewer than ``n``.
     """
     by_document = {r.document: r for r in records}
     lexicon = LEXICONS[wanted.stream.vocabulary]
@@ -234,7 +235,7 @@ def measure(
     short = dataclasses.replace(wanted, eval=dataclasses.replace(wanted.eval, cd_epochs=2))
     for n_facts, n_docs in zip(wanted.eval.n_facts, wanted.eval.n_docs, strict=True):
         records = documents(wanted, n_facts, n_docs)
-        ask = asker(wanted, records)
+        ask = asker(wanted, records) if wanted.base in FROM_SCRATCH else None
         chosen, brief = methods(wanted, records), methods(short, records)
         picked = [k for k in chosen if only is None or k[0] in only]
         reference: dict[str, list[QaScore]] = {}
@@ -283,7 +284,8 @@ questions about it without having it in its context.
   `just train {which} --seed {t.seed}`.
 
 Held-out documents of {s.max_facts} facts at the last step, recall of the answer: right document
-{last["held_out"]:.2f}, another document's adapter {last["held_out_wrong"]:.2f}.  The full
+{last.get("held_out", math.nan):.2f}, another document's adapter
+{last.get("held_out_wrong", math.nan):.2f}.  The full
 evaluation is in `results/`.
 """
 

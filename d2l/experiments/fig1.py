@@ -21,7 +21,7 @@ class Summary(QaExperiment):
             yield from super().rows(asked, retrain)
             return
         table = results_dir(SHIPS, asked.scale) / "data.csv"
-        if retrain or asked.overrides or not table.is_file():
+        if retrain or asked.overrides or asked.seed or not table.is_file():
             raise ValueError(
                 f"fig1 draws the results of {SHIPS} at scale {asked.scale}, {table}: make them "
                 f"first, `just reproduce {SHIPS} --scale {asked.scale}`; it takes no other settings"

@@ -22,6 +22,9 @@ class TrainingCurve(QaExperiment):
 
     def rows(self, asked: Request, retrain: bool) -> Iterable[pd.DataFrame]:
         """Read the curve of every seed, and ask the base the same questions once."""
+        fixed = [key for key in asked.overrides if key.startswith("eval.")]
+        if fixed:
+            raise ValueError(f"fig6 shows what was measured during training: {fixed[0]} is fixed")
         wanted, found = self.models(asked, {}, asked.seed, retrain=retrain)
         base, n = recall_in_context(wanted, next(iter(found.values())).base)
         same = {"n_facts": wanted.stream.max_facts, "n_docs": n, "n": n}
@@ -54,5 +57,10 @@ def recall_in_context(wanted: FactRun, base: LanguageModel) -> tuple[float, int]
     return statistics.fmean(found), len(found)
 
 
-FIGURE = TrainingCurve("fig6", draw=draw_fig6, changes={"smoke": {"train.eval_every": 3}})
+WATCHED = {"eval.metric": "recall"}
+FIGURE = TrainingCurve(
+    "fig6",
+    draw=draw_fig6,
+    changes={"smoke": {"train.eval_every": 3} | WATCHED, "tiny": WATCHED, "paper": WATCHED},
+)
 config, run, train = FIGURE.config, FIGURE.run, FIGURE.train

@@ -74,6 +74,7 @@ class QaExperiment:
         began = time.monotonic()
         asked = request(self.id, scale, seed, overrides, out_dir)
         wanted = self.config(scale, {"train.seed": seed} | asked.overrides)
+        self._check_overrides(asked.overrides)
         if scale == "paper":
             need_gpu_and_model(self.id, wanted.base)
         drawn = QaRun(
@@ -98,10 +99,13 @@ class QaExperiment:
         """
         if self.id != SHIPS and not self.variants:
             raise ValueError(f"{self.id} uses the hypernetwork of {SHIPS}: `just train {SHIPS}`")
+        self._check_overrides(overrides or {})
         folder = Path()
         for changes in self.variants.values() or ({},):
             chosen = {"train.seed": seed, **changes, **(overrides or {})}
             wanted = self.config(scale, chosen)
+            if self.variants and wanted == self.config(scale, {"train.seed": seed}):
+                continue  # ships already
             custom = bool(overrides or self.variants)
             folder = train_and_ship(SHIPS, scale, wanted, trained, card, custom=custom)
         return folder
@@ -130,6 +134,12 @@ class QaExperiment:
         wanted = self.config(asked.scale, {"train.seed": seed, **changes, **asked.overrides})
         how = {"retrain": retrain, "base_too": not self.variants}
         return wanted, models(SHIPS, asked.scale, wanted, standard, trained, **how)
+
+    def _check_overrides(self, overrides: Changes) -> None:
+        compared = {key for changes in self.variants.values() for key in changes}
+        if compared & set(overrides):
+            key = min(compared & set(overrides))
+            raise ValueError(f"{self.id} compares values of {key}: it cannot be set beside that")
 
 
 def _as_variant(table: pd.DataFrame, part: str, *, with_base: bool) -> pd.DataFrame:

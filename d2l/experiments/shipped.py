@@ -103,9 +103,12 @@ def models(
         runs = {s: _with(standard, train=t) for s, t in trains.items() if seed in (0, s)}
         return load_shipped(figure, runs, scale)
     folder = run_dir(wanted, f"{figure}-{scale}")
+    scratch = retrain and base_too and wanted.base in FROM_SCRATCH and scale != "smoke"
+    if scratch:  # another base than the one that ships: never resume the one's run with the other
+        folder = folder.with_name(f"{folder.name}-from-scratch")
     if retrain and finished(wanted, folder):
         shutil.rmtree(folder)
-    if retrain and base_too and wanted.base in FROM_SCRATCH and scale != "smoke":
+    if scratch:
         if not (folder / "base").exists():
             task, recipe = FROM_SCRATCH[wanted.base]
             train_tiny(task(), folder / "base", seed, recipe)

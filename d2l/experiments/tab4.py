@@ -8,8 +8,8 @@ TABLE = QaExperiment(
     draw=draw_fig3,
     series=(*COMPARED, "cd_oracle", "cd_generated"),
     changes={
-        "tiny": {"eval.cd_queries": (4, 8, 16), "eval.n_slow": 6}
-        | {"eval.n_facts": (8,), "eval.n_docs": (40,)},
+        "tiny": {"eval.cd_queries": (4, 8, 16), "eval.n_slow": 8}
+        | {"eval.n_facts": (8,), "eval.n_docs": (8,)},
         "paper": {"eval.cd_queries": (20, 50, 100), "eval.n_docs": (100,)},
     },
 )

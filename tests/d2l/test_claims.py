@@ -170,3 +170,13 @@ def test_committed_verdicts_equal_a_fresh_judgement():
         assert changed == [], folder
         stated = {v["claim"]: v["verdict"] for v in manifest.verdicts}
         assert stated == {v.claim: v.verdict for v in fresh}, folder
+
+
+def test_f1_kept_is_precision_seen_through_recall():
+    from qa_table import qa_table
+
+    table = qa_table({("x", ""): 0.5, ("silent", ""): 0.05}, seeds=(0,)).assign(f1=0.1)
+    kept = claims.MEASURES["qa_f1_kept"]
+    assert kept(table, {}, series="x").value == pytest.approx(0.2)
+    with pytest.raises(claims.NotTestable, match="recall of silent is 0.05"):
+        kept(table, {}, series="silent")

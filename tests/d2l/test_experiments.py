@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from huggingface_hub import constants
 from needle_table import needle_table
@@ -105,6 +107,7 @@ def test_bench_measures_both_or_one_and_leaves_the_other(monkeypatch, tmp_path):
     _, (only,) = bench.run("tiny", 1, "queries")
     assert (folder / "internalize.csv").read_text() == "kept"
     assert list(only["measure"]) == [400]
+    assert set(json.loads((folder / "device.json").read_text())) == {"internalize", "queries"}
     assert lengths == [2048, 8192]
     with pytest.raises(ValueError, match="scale must be one of tiny, small, got 'huge'"):
         bench.run("huge", 1)

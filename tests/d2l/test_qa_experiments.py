@@ -7,13 +7,14 @@ import pytest
 from qa_table import METHODS, qa_table
 
 from d2l import artifacts, experiments, figures
+from d2l.baselines import Setting
 from d2l.config import diff, flatten
 from d2l.data.record import Record
 from d2l.experiments import fig1, fig3, fig6, qa, tab3, tab4, tab6, tab7, tab8
 from d2l.experiments.fact_scales import SOURCES
-from d2l.experiments.facts import on_the_way
+from d2l.experiments.facts import documents, on_the_way, wrong_document
 from d2l.experiments.qa import QaExperiment, _as_variant
-from d2l.experiments.shipped import weights_dir
+from d2l.experiments.shipped import load_shipped, weights_dir
 from d2l.model import DocToLoRA
 from d2l.train import read_curve
 
@@ -32,8 +33,9 @@ ALL = (
 @pytest.mark.parametrize("experiment", ALL, ids=lambda e: e.id)
 def test_every_experiment_starts_from_the_recipe_of_figure_3(experiment: QaExperiment) -> None:
     for scale in experiments.EXPERIMENTS[experiment.id].scales:
-        changed = diff(fig3.config(scale), experiment.config(scale))
-        assert all(key.startswith("eval.") or scale == "smoke" for key in changed)
+        changed = set(diff(fig3.config(scale), experiment.config(scale)))
+        allowed = {"train.eval_every"} if scale == "smoke" else set()
+        assert {key for key in changed if not key.startswith("eval.")} <= allowed
     with pytest.raises(ValueError, match=r"train\.step"):
         experiment.config("tiny", {"train.step": 3})
 
@@ -102,11 +104,36 @@ def test_the_curve_is_the_one_that_ships_relative_to_the_base(tmp_path) -> None:
     (line,) = [x for x in run.figure().axes[0].get_lines() if x.get_label() == "D2L"]
     assert len(line.get_xdata()) == len(points)
     assert set(run.check()["verdict"]) == {"holds"}
+    assert len(run.by_facts()) == 1
+
+
+def test_what_is_compared_or_was_measured_before_cannot_be_set(tmp_path) -> None:
+    out = {"out_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"tab7 compares values of hypernet\.lora\.rank"):
+        tab7.run("smoke", overrides={"hypernet.lora.rank": 4}, **out)
+    with pytest.raises(ValueError, match=r"tab6 compares values of train\.loss"):
+        tab6.train("smoke", overrides={"train.loss": "ce"})
+    with pytest.raises(ValueError, match=r"eval\.seed is fixed"):
+        fig6.run("tiny", overrides={"eval.seed": 1}, **out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_documents_adapter_beside_the_right_document() -> None:
+    wanted = fig3.config("tiny", {"train.seed": 0})
+    model = load_shipped("fig3", {0: wanted}, "tiny")[0]
+    records = documents(wanted, 2, 2, shift=5)
+    setting = Setting(model.base, model, max_new_tokens=6)
+    method = wrong_document(records, in_context=True)
+    for record, other in (records, records[::-1]):
+        question = record.questions[0].text
+        (reply,) = method(setting, record.document, [question])
+        asked = f"{record.document}\n\n{question}"
+        (expected,) = model.generate([asked], [model.internalize(other.document)], max_new_tokens=6)
+        assert reply.text.strip() == expected.strip()
+        assert reply.context_ratio == 1.0
 
 
 def test_the_watched_documents_are_not_those_of_the_evaluation() -> None:
-    from d2l.experiments.facts import documents
-
     wanted = fig3.config("tiny")
     watched: list[Record] = on_the_way(wanted)
     asked = documents(wanted, wanted.stream.max_facts, 40)
@@ -118,8 +145,9 @@ def test_figure_1_is_drawn_from_figure_3(monkeypatch, tmp_path) -> None:
     with pytest.raises(ValueError, match="just reproduce fig3 --scale tiny"):
         fig1.run("tiny", out_dir=str(tmp_path / "out"))
     artifacts.write_csv(tmp_path / "data.csv", qa_table())
-    with pytest.raises(ValueError, match="takes no other settings"):
-        fig1.run("tiny", overrides={"train.steps": 1}, out_dir=str(tmp_path / "out"))
+    for other in ({"overrides": {"train.steps": 1}}, {"seed": 1}, {"retrain": True}):
+        with pytest.raises(ValueError, match="takes no other settings"):
+            fig1.run("tiny", out_dir=str(tmp_path / "out"), **other)
     run = fig1.run("tiny", out_dir=str(tmp_path / "out"))
     assert "wrong_document" not in set(run.table["series"])
     widths = [round(bar.get_width(), 3) for bar in run.figure().axes[0].patches]
