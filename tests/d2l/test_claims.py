@@ -178,5 +178,5 @@ def test_f1_kept_is_precision_seen_through_recall():
     table = qa_table({("x", ""): 0.5, ("silent", ""): 0.05}, seeds=(0,)).assign(f1=0.1)
     kept = claims.MEASURES["qa_f1_kept"]
     assert kept(table, {}, series="x").value == pytest.approx(0.2)
-    with pytest.raises(claims.NotTestable, match="recall of silent is 0.05"):
+    with pytest.raises(claims.NotTestable, match="recall of silent"):
         kept(table, {}, series="silent")
