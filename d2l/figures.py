@@ -67,9 +67,9 @@ _QA_STYLES = {
     "d2l": _Style("D2L", _COLOURS[0], "o"),
     "d2l_with_truncated_context": _Style("D2L and half of the document", _COLOURS[9], "o"),
     "wrong_document": _Style("D2L, wrong document", _COLOURS[4], "D", hollow=True),
-    "with_context_and_adapter": _Style("document in context, and an adapter", _COLOURS[0], "o"),
-    "d2l_swapped": _Style("D2L of the question, document in context", _COLOURS[3], "o"),
-    "document_alone": _Style("document in context, no question", (0.5, 0.5, 0.5), "P"),
+    "with_context_and_adapter": _Style("document in prompt, adapter", _COLOURS[0], "o"),
+    "d2l_swapped": _Style("D2L of the question", _COLOURS[3], "o"),
+    "document_alone": _Style("document, no question", (0.5, 0.5, 0.5), "P"),
     "cd_oracle": _Style("context distillation, oracle", _COLOURS[3], "^"),
     "cd_generated": _Style("context distillation, other questions", _COLOURS[3], "^", hollow=True),
 }
@@ -266,7 +266,7 @@ def draw_by_facts(table: pd.DataFrame, *, scale: str, title: str, metric: str) -
     """
     named = table.assign(part=table["part"].fillna("").astype(str))
     with _look():
-        figure = PaperFigure(figsize=(4.8, 3.2), layout="constrained")
+        figure = PaperFigure(figsize=(5.0, 3.3), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         counts = sorted(set(named["n_facts"]))
@@ -276,7 +276,7 @@ def draw_by_facts(table: pd.DataFrame, *, scale: str, title: str, metric: str) -
             style = _QA_STYLES.get(series, _Style(series, (0.5, 0.5, 0.5), "."))
             if part and series != "wrong_document":
                 colour = _PART_COLOURS[parts.index(part) % len(_PART_COLOURS)]
-                style = dataclasses.replace(style, label=f"{style.label}, {part}", colour=colour)
+                style = dataclasses.replace(style, label=f"{style.label}: {part}", colour=colour)
             for _, one in rows.groupby("seed"):
                 there, values = _mean(pd.DataFrame(one), "n_facts", metric)
                 at = [counts.index(n) for n in there]

@@ -164,8 +164,8 @@ def test_lines_by_facts_are_means_over_seeds() -> None:
     table = qa_table(methods)
     drawn = figures.draw_by_facts(table, scale="tiny", title="x", metric="recall")
     lines = {x.get_label(): list(x.get_ydata()) for x in drawn.axes[0].get_lines()}
-    assert lines["D2L, kl"] == pytest.approx([0.895, 0.895])
-    assert lines["D2L, tokens"] == pytest.approx([0.695, 0.695])
+    assert lines["D2L: kl"] == pytest.approx([0.895, 0.895])
+    assert lines["D2L: tokens"] == pytest.approx([0.695, 0.695])
     assert lines["D2L, wrong document"] == pytest.approx([0.095, 0.095])
 
 
