@@ -73,7 +73,7 @@ def write_csv(path: str | os.PathLike[str], table: pd.DataFrame) -> Path:
 
 def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
     """Read a results table and check its columns: those with a ``part`` are of ``QA_COLUMNS``."""
-    table = pd.read_csv(path)
+    table = pd.read_csv(path, dtype={"part": str})
     check_columns(table, QA_COLUMNS if "part" in table.columns else COLUMNS, str(path))
     return table
 
