@@ -96,14 +96,14 @@ EXPERIMENTS = {
             id="tab3",
             title="Internalising the question instead of the document",
             default_scale="tiny",
-            cost={"smoke": "half a minute", "tiny": "TIME_tab3", "paper": "one GPU"},
+            cost={"smoke": "half a minute", "tiny": "4 min", "paper": "one GPU"},
             module="d2l.experiments.tab3",
         ),
         Experiment(
             id="tab4",
             title="What distilling one document costs, by its number of questions",
             default_scale="tiny",
-            cost={"smoke": "half a minute", "tiny": "TIME_tab4", "paper": "one GPU"},
+            cost={"smoke": "half a minute", "tiny": "8 min", "paper": "one GPU"},
             module="d2l.experiments.tab4",
         ),
         Experiment(
@@ -112,7 +112,7 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={
                 "smoke": "half a minute",
-                "tiny": "TIME_tab6",
+                "tiny": "3 min, after half an hour of training one hypernetwork",
                 "paper": "training two hypernetworks, days on 8 H200",
             },
             module="d2l.experiments.tab6",
@@ -123,7 +123,7 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={
                 "smoke": "half a minute",
-                "tiny": "TIME_tab7",
+                "tiny": "9 min, after an hour of training three hypernetworks",
                 "paper": "training two hypernetworks, days on 8 H200",
             },
             module="d2l.experiments.tab7",
@@ -132,7 +132,7 @@ EXPERIMENTS = {
             id="tab8",
             title="What an adapter does to questions that it does not concern",
             default_scale="tiny",
-            cost={"smoke": "half a minute", "tiny": "TIME_tab8", "paper": "one GPU"},
+            cost={"smoke": "half a minute", "tiny": "4 min", "paper": "one GPU"},
             module="d2l.experiments.tab8",
         ),
     )
