@@ -36,8 +36,8 @@ class QaExperiment:
     ``variants`` names what is compared: each is the recipe of figure 3 with some dotted keys
     changed, and becomes the ``part`` of series *d2l*.  Without variants the methods of ``series``
     (None: all) are asked with the weights that ship, those of ``again`` with every training seed.
-    At most ``most_seeds`` training seeds are compared.
-    ``changes`` are made to the evaluation of a scale first.
+    At most ``most_seeds`` training seeds are compared.  ``changes`` are made to the recipe of
+    a scale first, as a rule to its evaluation.
     """
 
     id: str
@@ -75,8 +75,6 @@ class QaExperiment:
         asked = request(self.id, scale, seed, overrides, out_dir)
         wanted = self.config(scale, {"train.seed": seed} | asked.overrides)
         self._check_overrides(asked.overrides)
-        if scale == "paper":
-            need_gpu_and_model(self.id, wanted.base)
         drawn = QaRun(
             request=asked,
             config=wanted,
@@ -93,9 +91,10 @@ class QaExperiment:
         return drawn
 
     def train(self, scale: str, seed: int = 0, overrides: Changes | None = None) -> Path:
-        """Train the hypernetwork of a scale, those of all variants; see `shipped.train_and_ship`.
+        """Train the hypernetwork of a scale, or of each variant; see `shipped.train_and_ship`.
 
-        Raises ValueError where the weights are those of another figure.
+        A variant that ships is left out; the last folder is returned.  Raises ValueError where the
+        weights are those of another figure, and for an override of what the variants compare.
         """
         if self.id != SHIPS and not self.variants:
             raise ValueError(f"{self.id} uses the hypernetwork of {SHIPS}: `just train {SHIPS}`")
@@ -104,8 +103,9 @@ class QaExperiment:
         for changes in self.variants.values() or ({},):
             chosen = {"train.seed": seed, **changes, **(overrides or {})}
             wanted = self.config(scale, chosen)
-            if self.variants and wanted == self.config(scale, {"train.seed": seed}):
-                continue  # ships already
+            standard = wanted == self.config(scale, {"train.seed": seed})
+            if self.variants and standard and seed in shipped_seeds(SHIPS, scale):
+                continue
             custom = bool(overrides or self.variants)
             folder = train_and_ship(SHIPS, scale, wanted, trained, card, custom=custom)
         return folder
@@ -129,9 +129,14 @@ class QaExperiment:
     def models(
         self, asked: Request, changes: Changes, seed: int, *, retrain: bool
     ) -> tuple[FactRun, dict[int, DocToLoRA]]:
-        """Return the config with ``changes``, and its models by seed; see `shipped.models`."""
+        """Return the config with ``changes``, and its models by seed; see `shipped.models`.
+
+        Raises CannotRun where the scale needs a GPU or the hub.
+        """
         standard = with_overrides(PAPER, {**OVERRIDES[asked.scale], "train.seed": seed})
         wanted = self.config(asked.scale, {"train.seed": seed, **changes, **asked.overrides})
+        if asked.scale == "paper":
+            need_gpu_and_model(self.id, wanted.base)
         how = {"retrain": retrain, "base_too": not self.variants}
         return wanted, models(SHIPS, asked.scale, wanted, standard, trained, **how)
 

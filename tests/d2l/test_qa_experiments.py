@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from qa_table import METHODS, qa_table
@@ -144,6 +146,8 @@ def test_figure_1_is_drawn_from_figure_3(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(fig1, "results_dir", lambda *_: tmp_path)
     with pytest.raises(ValueError, match="just reproduce fig3 --scale tiny"):
         fig1.run("tiny", out_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="just reproduce fig3 --scale paper"):
+        fig1.run("paper", out_dir=str(tmp_path / "out"))
     artifacts.write_csv(tmp_path / "data.csv", qa_table())
     for other in ({"overrides": {"train.steps": 1}}, {"seed": 1}, {"retrain": True}):
         with pytest.raises(ValueError, match="takes no other settings"):
@@ -157,6 +161,20 @@ def test_figure_1_is_drawn_from_figure_3(monkeypatch, tmp_path) -> None:
 def test_training_is_asked_of_the_figure_that_ships() -> None:
     with pytest.raises(ValueError, match="tab8 uses the hypernetwork of fig3"):
         tab8.train("tiny")
+
+
+@pytest.mark.parametrize(("scale", "ranks"), [("tiny", [8]), ("paper", [8, 16])])
+def test_variants_that_ship_are_not_trained_again(monkeypatch, scale, ranks) -> None:
+    trained = []
+
+    def ship(figure, scale, wanted, *_, custom):
+        trained.append(wanted.hypernet.lora.rank)
+        assert custom
+        return Path(figure)
+
+    monkeypatch.setattr(qa, "train_and_ship", ship)
+    assert tab7.train(scale) == Path("fig3")
+    assert trained == ranks
 
 
 def test_lines_by_facts_are_means_over_seeds() -> None:
