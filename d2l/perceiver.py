@@ -117,13 +117,18 @@ class LatentStage(nn.Module):
 class Perceiver(nn.Module):
     """Modality projection, latent encoder, one-block decoder with ``n_out`` queries.
 
+    The projection is a SwiGLU of ``projection_factor * d_model`` units, at factor 0 one matrix.
+
     With ``shared_weights`` block 0 keeps its own cross layer and all later cross layers are one
     module; the self layers of block 0 are reused everywhere.
     """
 
     def __init__(self, config: PerceiverConfig, d_model: int, n_out: int) -> None:
         super().__init__()
-        self.projection = GatedMLP(d_model, config.projection_factor * d_model, config.d_latent)
+        hidden, d = config.projection_factor * d_model, config.d_latent
+        self.projection: nn.Module = (
+            GatedMLP(d_model, hidden, d) if hidden else nn.Linear(d_model, d, bias=False)
+        )
         self.encoder = LatentStage(
             config, config.n_latents, config.n_blocks, config.n_self_attn_per_block
         )

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from d2l_kernels import topk_distill
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -42,6 +42,9 @@ class TrainConfig:
     The curriculum's level goes from 0 to 1 in ``curriculum`` steps, but only in steps before which
     the smoothed exact match of training batches was at least ``curriculum_exact``: each step of it
     is earned.  0 means level 1 throughout.
+
+    ``neftune`` adds uniform noise of at most ``neftune / sqrt(n_tok d)`` to the embeddings of a
+    question and its answer (NEFTune, arXiv 2310.05914; spec section 8).
     """
 
     steps: int = 1000
@@ -58,6 +61,7 @@ class TrainConfig:
     loss: Literal["ce", "kl"] = "ce"
     averaging: Averaging = "per_ctx"
     l1: float = 0.0
+    neftune: float = 0.0
     seed: int = 0
     checkpoint_every: int = 100
     log_every: int = 10
@@ -81,7 +85,12 @@ class Objective(nn.Module):
         model: DocToLoRA = self.__dict__["model"]
         loras = self.adapters(batch)
         per_token, hits = answer_loss(
-            model.base, batch, loras, self.config.loss, training=self.training
+            model.base,
+            batch,
+            loras,
+            self.config.loss,
+            training=self.training,
+            neftune=self.config.neftune if self.training else 0.0,
         )
         counts = [len(q.answer) for q in batch.queries]
         denominator = n_docs if self.config.averaging == "per_ctx" else n_labels
@@ -107,11 +116,13 @@ def answer_loss(
     kind: Literal["ce", "kl"],
     *,
     training: bool = False,
+    neftune: float = 0.0,
 ) -> tuple[Float[Tensor, " label"], Bool[Tensor, " query"]]:
     """Return the loss of every answer token, and which queries are answered exactly.
 
     ``ce`` predicts the answer itself, ``kl`` the teacher's top-k (spec section 6).  A query is
-    answered when its every answer token is the argmax under teacher forcing.
+    answered when its every answer token is the argmax under teacher forcing.  ``neftune`` as in
+    `TrainConfig`.
 
     Raises ValueError for ``kl`` when a query has no teacher.
     """
@@ -121,14 +132,24 @@ def answer_loss(
     doc_of_row = [d for d, n in enumerate(batch.queries_per_doc) for _ in range(n)]
     with applied(lm, route_rows(loras, doc_of_row, training=training)):
         decoder, _ = decoder_of(lm)
-        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        inputs = {"input_ids": ids} if not neftune else {"inputs_embeds": noisy(lm, ids, neftune)}
+        hidden = decoder(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
     at, target = shift(labels)
     rows = hidden.flatten(0, 1)[at]
     head = lm.get_output_embeddings().weight
     softcap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
     per_token, best = topk_distill(rows, head, *_targets(batch, target, kind), softcap)
-    counts = [len(q.answer) for q in batch.queries]
-    return per_token, torch.stack([ok.all() for ok in (best == target).split(counts)])
+    counts = torch.tensor([len(q.answer) for q in batch.queries], device=best.device)
+    query = torch.repeat_interleave(counts, output_size=len(best))
+    missed = torch.zeros_like(counts).index_add_(0, query, (best != target).long())
+    return per_token, missed == 0
+
+
+def noisy(lm: Any, ids: Int[Tensor, "row seq"], alpha: float) -> Float[Tensor, "row seq d_model"]:
+    """Embed ``ids`` with uniform noise of at most ``alpha / sqrt(seq d_model)``."""
+    embedded = lm.get_input_embeddings()(ids)
+    most = alpha / math.sqrt(embedded.shape[1] * embedded.shape[2])
+    return embedded + torch.empty_like(embedded).uniform_(-most, most)
 
 
 def _targets(batch: Batch, target: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -145,16 +166,14 @@ def _targets(batch: Batch, target: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 def pad_queries(batch: Batch, pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """Right-pad prompt + answer of every query; labels are -100 outside the answer."""
-    rows = [(*q.prompt, *q.answer) for q in batch.queries]
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, -100)
-    for i, (row, q) in enumerate(zip(rows, batch.queries, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        labels[i, len(q.prompt) : len(row)] = torch.tensor(q.answer)
-    return ids, mask, labels
+    width = max(len(q.prompt) + len(q.answer) for q in batch.queries)
+    ids, mask, labels = [], [], []
+    for q in batch.queries:
+        before, n = len(q.prompt), len(q.prompt) + len(q.answer)
+        ids.append([*q.prompt, *q.answer, *[pad] * (width - n)])
+        mask.append([1] * n + [0] * (width - n))
+        labels.append([-100] * before + [*q.answer] + [-100] * (width - n))
+    return torch.tensor(ids), torch.tensor(mask), torch.tensor(labels)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

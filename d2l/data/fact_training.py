@@ -6,8 +6,12 @@ Every batch is a pure function of (seed, step, level): a resumed run continues w
 from __future__ import annotations
 
 import dataclasses
+import math
+import multiprocessing
 import random
-from typing import Any
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Literal
 
 from ..chunking import fewest_chunks, sample_chunks, split
 from ..config import ChunkConfig
@@ -15,7 +19,11 @@ from ..lm.base import chat_affixes, render_chat
 from .encyclopedia import EncyclopediaGenerator
 from .example import Example, Query
 from .needle_training import end_of_turn
+from .passages import Passages
+from .public import load, split_titles
 from .record import Record
+
+Drawn = tuple[Record, Example]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +32,8 @@ class FactStream:
 
     ``kinds`` take turns in every second document once the level is above a half; before, and in the
     other documents, questions recall single facts.  ``cut_share`` of the documents are cut into
-    several chunks when ``cut_share`` is above 0 (stage 2 of the paper's training).
+    several chunks when ``cut_share`` is above 0 (stage 2 of the paper's training).  ``mix`` gives
+    public sets (`TRAINING_SETS`) a share of the documents: weights against 1 for the encyclopedia.
     """
 
     vocabulary: str = "open"
@@ -37,6 +46,19 @@ class FactStream:
     words: str = "seen"
     forms: str = "train"
     cut_share: float = 0.0
+    mix: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def titles_for(name: str, part: Literal["train", "watch", "test"]) -> list[Record]:
+    """Return the records of a public set whose titles are for training, watching it, or tests.
+
+    Sets are split by title, in order of appearance: the last 10 are for tests alone, the 5 before
+    them watch the training.  Raises what `public.load` raises, ValueError for a set without enough
+    titles.
+    """
+    rest, test = split_titles(load(name, "validation", drop_bad=True), 10)
+    train, watch = split_titles(rest, 5)
+    return {"train": train, "watch": watch, "test": test}[part]
 
 
 class FactTraining:
@@ -54,30 +76,79 @@ class FactTraining:
             distractors=stream.distractors,
             rivals=stream.rivals,
         )
+        self._passages = {name: Passages(titles_for(name, "train")) for name in stream.mix}
 
-    def records(self, step: int, n_docs: int, level: float = 1.0) -> list[Record]:
-        """Return the documents of ``step`` at a level of the curriculum, in order."""
-        return [
-            self._record(random.Random(f"{self.seed}/{step}/{i}"), level, i) for i in range(n_docs)
-        ]
-
-    def batch(self, step: int, n_docs: int, level: float = 1.0) -> list[Example]:
-        """Return ``records`` as training examples."""
-        rng = random.Random(f"cut/{self.seed}/{step}")
-        cut = self.stream.cut_share if level >= 1.0 else 0.0
-        records = self.records(step, n_docs, level)
-        return [
-            fact_example(self._tokenizer, r, self.chunk, rng if rng.random() < cut else None)
-            for r in records
-        ]
-
-    def _record(self, rng: random.Random, level: float, i: int) -> Record:
+    def record(self, step: int, i: int, level: float = 1.0) -> Record:
+        """Return document ``i`` of ``step`` at a level of the curriculum."""
+        rng = random.Random(f"{self.seed}/{step}/{i}")
         s = self.stream
+        if s.mix:
+            known = ("", *s.mix)
+            name = rng.choices(known, (1.0, *s.mix.values()))[0]
+            if name:
+                return self._passages[name].sample(rng, level, s.queries_per_doc)
         most = 1 + round(level * (s.max_facts - 1))
         n_facts = most if rng.random() < 0.5 else rng.randint(1, most)
         kinds = s.kinds if level > 0.5 and i % 2 else ("recall",)
         n_questions = min(s.queries_per_doc, n_facts)
         return self._generator.sample(rng, n_facts, n_questions, kinds)
+
+    def example(self, record: Record, step: int, i: int, level: float = 1.0) -> Example:
+        """Return ``record``, which is document ``i`` of ``step``, as a training example."""
+        rng = random.Random(f"cut/{self.seed}/{step}/{i}")
+        cut = self.stream.cut_share if level >= 1.0 else 0.0
+        return fact_example(
+            self._tokenizer, record, self.chunk, rng if rng.random() < cut else None
+        )
+
+    def records(self, step: int, n_docs: int, level: float = 1.0) -> list[Record]:
+        """Return the first ``n_docs`` documents of ``step``."""
+        return [self.record(step, i, level) for i in range(n_docs)]
+
+    def drawn(self, step: int, of: Iterable[int], level: float = 1.0) -> list[Drawn]:
+        """Return the documents of ``step`` that ``of`` numbers, as records and as examples."""
+        records = [(i, self.record(step, i, level)) for i in of]
+        return [(record, self.example(record, step, i, level)) for i, record in records]
+
+    def batch(self, step: int, n_docs: int, level: float = 1.0) -> list[Example]:
+        """Return the first ``n_docs`` documents of ``step`` as training examples."""
+        return [example for _, example in self.drawn(step, range(n_docs), level)]
+
+
+class FactPool:
+    """A stream drawn by ``n_workers`` processes, for machines that train faster than one draws.
+
+    ``args`` are those of `FactTraining`.  The documents are the same, in the same order.
+    """
+
+    def __init__(self, n_workers: int, *args: Any) -> None:
+        self.n_workers = n_workers
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(n_workers, context, _open_stream, args)
+
+    def drawn(self, step: int, of: Iterable[int], level: float = 1.0) -> list[Drawn]:
+        """Return what `FactTraining.drawn` returns."""
+        numbers, n = list(of), self.n_workers
+        size = max(1, math.ceil(len(numbers) / n))
+        parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+        found = self._pool.map(_draw, [step] * len(parts), parts, [level] * len(parts))
+        return [pair for part in found for pair in part]
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+_streams: list[FactTraining] = []
+"""The stream of a worker process."""
+
+
+def _open_stream(*args: Any) -> None:
+    _streams.append(FactTraining(*args))
+
+
+def _draw(step: int, of: Sequence[int], level: float) -> list[Drawn]:
+    return _streams[0].drawn(step, of, level)
 
 
 def fact_example(

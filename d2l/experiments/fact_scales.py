@@ -79,8 +79,33 @@ _TINY = {
     ),
 }  # fmt: skip
 
+_SMALL = {
+    "base": "smollm2-135m",
+    "hypernet.perceiver": PerceiverConfig(
+        d_latent=128, n_latents=16, n_blocks=1, n_heads=4, n_kv_heads=2, d_head=32,
+        projection_factor=0,
+    ),
+    "hypernet.encoder.next_token": True,
+    "hypernet.d_copy": 192,
+    "hypernet.lora.rank": 32,
+    "hypernet.lora.scale": 8.0,
+    "hypernet.lora.layers": (10, 13, 16, 19),
+    "hypernet.per_layer_processing": False,
+    "hypernet.use_bias": False,
+    "chunk": ChunkConfig(max_tok=512, min_tok=8),
+    "stream": FactStream(max_facts=8, queries_per_doc=4, mix={"squad": 0.5}),
+    "train": TrainConfig(
+        steps=1500, docs_per_step=128, docs_per_micro_batch=128, lr=1e-3, betas=(0.9, 0.98),
+        warmup=50, curriculum=300, curriculum_exact=0.4, eval_every=250,
+    ),
+    "eval": FactEval(
+        n_facts=(1, 4, 8), n_docs=(20,) * 3, n_slow=2, max_new_tokens=32, metric="recall"
+    ),
+}  # fmt: skip
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "paper": {},
+    "small": _SMALL,
     "tiny": _TINY,
     "smoke": _TINY
     | {

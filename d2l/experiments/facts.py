@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import random
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +41,7 @@ from ..chunking import PUBLISHED_CHUNK_PROBS
 from ..config import ChunkConfig, HypernetConfig
 from ..data.encyclopedia import LEXICONS, EncyclopediaGenerator
 from ..data.example import Example
-from ..data.fact_training import FactStream, FactTraining
+from ..data.fact_training import FactPool, FactStream, FactTraining, titles_for
 from ..data.record import Record
 from ..lm.base import LanguageModel
 from ..meter import Meter
@@ -96,20 +98,38 @@ def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
     """Train, or resume, in ``folder``; the model's initialisation depends on the seed alone."""
     most = max(PUBLISHED_CHUNK_PROBS) if wanted.stream.cut_share else 1
     model = fresh(wanted, base, trained_chunks=most)
-    stream = FactTraining(base.tokenizer, wanted.stream, wanted.chunk, wanted.train.seed)
     teacher = HfTeacher(base) if wanted.train.loss == "kl" else None
+    watched = on_the_way(wanted)
 
     def held_out(_: int) -> dict[str, float]:
-        own, wrong = quick_scores(model, on_the_way(wanted), wanted.eval.max_new_tokens)
-        return {"held_out": own, "held_out_wrong": wrong}
+        scores = {}
+        for name, records in watched.items():
+            own, wrong = quick_scores(model, records, wanted.eval.max_new_tokens)
+            scores |= {f"held_out{name}": own, f"held_out{name}_wrong": wrong}
+        return scores
 
     def examples(step: int, level: float) -> list[Example]:
-        drawn = step, wanted.train.docs_per_step, level
-        batch = stream.batch(*drawn)
-        return batch if teacher is None else taught(batch, stream.records(*drawn), teacher)
+        drawn = stream.drawn(step, range(wanted.train.docs_per_step), level)
+        batch = [example for _, example in drawn]
+        return batch if teacher is None else taught(batch, [r for r, _ in drawn], teacher)
 
-    fit(model, examples, wanted.train, folder, evaluate=held_out)
+    source = (base.tokenizer, wanted.stream, wanted.chunk, wanted.train.seed)
+    with stream_of(source, base.device) as stream:
+        fit(model, examples, wanted.train, folder, evaluate=held_out)
     return model
+
+
+@contextmanager
+def stream_of(source: tuple[Any, ...], device: torch.device) -> Iterator[FactTraining | FactPool]:
+    """Draw documents in this process, beside a GPU in as many as there are cores to spare."""
+    if device.type == "cpu":
+        yield FactTraining(*source)
+        return
+    pool = FactPool(max(1, len(os.sched_getaffinity(0)) - 2), *source)
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
 @torch.no_grad()
@@ -144,9 +164,13 @@ def documents(wanted: FactRun, n_facts: int, n: int, *, shift: int = 0) -> list[
     return [generator.sample(rng, n_facts, n_questions, e.kinds) for _ in range(n)]
 
 
-def on_the_way(wanted: FactRun) -> list[Record]:
-    """Draw the held-out documents that training is watched with."""
-    return documents(wanted, wanted.stream.max_facts, 40, shift=10_000)
+def on_the_way(wanted: FactRun) -> dict[str, list[Record]]:
+    """Draw the held-out documents that training is watched with, by set ("": encyclopedia)."""
+    found = {"": documents(wanted, wanted.stream.max_facts, 40, shift=10_000)}
+    for name in wanted.stream.mix:
+        pool = titles_for(name, "watch")
+        found[f"_{name}"] = random.Random(name).sample(pool, min(80, len(pool)))
+    return found
 
 
 def asker(wanted: FactRun, records: Iterable[Record]) -> Any:

@@ -51,7 +51,7 @@ def recall_in_context(wanted: FactRun, base: LanguageModel) -> tuple[float, int]
     setting = Setting(base, max_new_tokens=wanted.eval.max_new_tokens)
     found = [
         score(reply.text, r.questions[0].answers).recall
-        for r in on_the_way(wanted)
+        for r in on_the_way(wanted)[""]
         for reply in in_context(setting, r.document, [r.questions[0].text])
     ]
     return statistics.fmean(found), len(found)

@@ -51,6 +51,8 @@ class TrainedRun(Protocol):
 R = TypeVar("R", bound=TrainedRun)
 Trainer = Callable[[R, LanguageModel, Path], DocToLoRA]
 Card = Callable[[R, DocToLoRA, Curve, str], str]
+_GPU_TOK = 1 << 16
+"""Tokens encoded at once in training on a GPU, where many small passes wait for the host."""
 FROM_SCRATCH = {"tiny": (NeedleTask, TinyTraining()), "tiny-qa": (QaTask, RECIPE)}
 
 
@@ -67,7 +69,10 @@ def fresh(
     """Return the untrained model; its weights depend on the training seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(wanted.train.seed)
-        return DocToLoRA(base, wanted.hypernet, wanted.chunk, trained_chunks=trained_chunks)
+        model = DocToLoRA(base, wanted.hypernet, wanted.chunk, trained_chunks=trained_chunks)
+    if base.device.type != "cpu":
+        model.tok_budget = _GPU_TOK
+    return model
 
 
 def run_dir(wanted: TrainedRun, name: str) -> Path:

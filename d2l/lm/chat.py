@@ -6,6 +6,7 @@ empty, as in the published data (spec section 9).
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -94,6 +95,12 @@ def _frame(tokenizer: Any, system: str) -> tuple[str, str]:
     if not getattr(tokenizer, "chat_template", None):
         before, after = _opening(tokenizer)
         return before + (f"{system}\n\n" if system else ""), after
+    state = str((tokenizer.chat_template, tokenizer.special_tokens_map))
+    return _frame_of(tokenizer, state, system)
+
+
+@functools.lru_cache(maxsize=16)
+def _frame_of(tokenizer: Any, _state: str, system: str) -> tuple[str, str]:
     user = {"role": "user", "content": _USER}
     if _takes_system(tokenizer, user):
         rendered = _render(tokenizer, [{"role": "system", "content": system}, user])

@@ -137,7 +137,7 @@ def test_another_documents_adapter_beside_the_right_document() -> None:
 
 def test_the_watched_documents_are_not_those_of_the_evaluation() -> None:
     wanted = fig3.config("tiny")
-    watched: list[Record] = on_the_way(wanted)
+    watched: list[Record] = on_the_way(wanted)[""]
     asked = documents(wanted, wanted.stream.max_facts, 40)
     assert not {r.document for r in watched} & {r.document for r in asked}
 
