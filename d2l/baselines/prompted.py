@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import bm25s
 import torch
 from torch.nn import functional as F
 
@@ -150,10 +150,15 @@ def best_chunk(base: LanguageModel, document: str, question: str, chunk_tok: int
     chunks = sentence_chunks(base, document, chunk_tok)
     if len(chunks) == 1:
         return chunks[0]
+    # bm25s starts JAX where that is installed, which would take three quarters of a GPU's memory
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import bm25s
+
     quiet: dict[str, Any] = {"show_progress": False, "stopwords": None}
     index = bm25s.BM25()
     index.index(bm25s.tokenize(chunks, **quiet), show_progress=False)
-    best, _ = index.retrieve(bm25s.tokenize(question, **quiet), k=1, show_progress=False)
+    asked = bm25s.tokenize(question, **quiet)
+    best, _ = index.retrieve(asked, k=1, show_progress=False, backend_selection="numpy")
     return chunks[int(best[0, 0])]
 
 

@@ -21,7 +21,7 @@ class Passages:
     >>> asked = (Question("Who came?", ("Ann",)), Question("Who left?", ("Bob",)))
     >>> passages = Passages([Record("Ann came at noon. Then Bob left.", asked)])
     >>> passages.sample(random.Random(0), level=0.0, n_questions=4).document
-    'Then Bob left.'
+    'Ann came at noon.'
     """
 
     def __init__(self, records: Sequence[Record]) -> None:

@@ -86,6 +86,7 @@ _SMALL = {
         projection_factor=0,
     ),
     "hypernet.encoder.next_token": True,
+    "hypernet.encoder.unit_scale": True,
     "hypernet.d_copy": 192,
     "hypernet.lora.rank": 32,
     "hypernet.lora.scale": 8.0,
@@ -93,9 +94,9 @@ _SMALL = {
     "hypernet.per_layer_processing": False,
     "hypernet.use_bias": False,
     "chunk": ChunkConfig(max_tok=512, min_tok=8),
-    "stream": FactStream(max_facts=8, queries_per_doc=4, mix={"squad": 0.5}),
+    "stream": FactStream(max_facts=8, queries_per_doc=4, mix={"squad": 0.4}),
     "train": TrainConfig(
-        steps=1500, docs_per_step=128, docs_per_micro_batch=128, lr=1e-3, betas=(0.9, 0.98),
+        steps=1500, docs_per_step=64, docs_per_micro_batch=64, lr=2e-3, betas=(0.9, 0.98),
         warmup=50, curriculum=300, curriculum_exact=0.4, eval_every=250,
     ),
     "eval": FactEval(

@@ -26,9 +26,9 @@ class ContextEncoder:
 
     per_layer_activations: the input of each kept layer, then the final norm's output, so L features
     for L layers.  early_exit: one feature, the final norm of the state after ``layer_idx`` layers.
-    embed_only: the input of layer 0; no layer runs.  With ``next_token`` every feature is joined
-    with the embedding of the token that follows (scaled to unit mean square; zero at the end of a
-    chunk).
+    embed_only: the input of layer 0; no layer runs.  With ``unit_scale`` every state is scaled to
+    unit mean square.  With ``next_token`` every feature is joined with the embedding of the token
+    that follows (so scaled in either case; zero at the end of a chunk).
 
     ``layout`` "packed" needs flash attention or transformers' own packed masks, "padded" works
     everywhere; both give the same features.  Raises ValueError for a layer that is not there.
@@ -92,6 +92,8 @@ class ContextEncoder:
         def emit(hidden: Tensor) -> None:
             flat = hidden.flatten(0, 1)
             flat = flat if keep is None else flat.index_select(0, keep)
+            if self.config.unit_scale:
+                flat = F.rms_norm(flat, flat.shape[1:])
             with torch.set_grad_enabled(grad):
                 sink(flat if after is None else torch.cat([flat, after.to(flat.dtype)], 1))
 

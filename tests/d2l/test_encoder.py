@@ -124,3 +124,12 @@ def test_features_are_joined_with_the_next_token(layout):
                 expected = table[after] / table[after].square().mean().sqrt()
             torch.testing.assert_close(found[row, plain.shape[1] :], expected, rtol=1e-3, atol=1e-3)
             row += 1
+
+
+def test_states_of_unit_scale_have_a_mean_square_of_one():
+    model, ids = language_model().model, chunks(*LENGTHS, 1)
+    config = EncoderConfig("per_layer_activations", next_token=True, unit_scale=True)
+    plain = features(model, EncoderConfig("per_layer_activations"), ids)
+    for own, state in zip(features(model, config, ids), plain, strict=True):
+        scaled = state / state.square().mean(1, keepdim=True).sqrt()
+        torch.testing.assert_close(own[:, : state.shape[1]], scaled, rtol=1e-3, atol=1e-3)

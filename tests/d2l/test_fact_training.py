@@ -3,7 +3,9 @@
 import pytest
 
 from d2l.config import ChunkConfig
-from d2l.data.fact_training import FactStream, FactTraining
+from d2l.data import fact_training
+from d2l.data.fact_training import FactPool, FactStream, FactTraining, titles_for
+from d2l.data.record import Question, Record
 from d2l.lm.base import load_base, render_chat
 from d2l.teacher import HfTeacher, taught
 
@@ -62,3 +64,35 @@ def test_a_teacher_gives_its_own_answer_with_its_log_probabilities(base):
             assert [row[0] for row in query.teacher_idx] == list(query.answer)
             right += query.answer == own.answer
     assert right >= 4
+
+
+def test_several_processes_draw_the_same_documents_in_the_same_order(base):
+    plain = stream(base, max_facts=3)
+    pool = FactPool(2, base.tokenizer, plain.stream, plain.chunk, plain.seed)
+    try:
+        assert pool.drawn(4, range(5), 1.0) == plain.drawn(4, range(5), 1.0)
+    finally:
+        pool.close()
+
+
+@pytest.fixture
+def titled(monkeypatch):
+    """A public set of 20 titles, a record each."""
+    records = [
+        Record(f"here is word {i}.", (Question("what?", (f"{i}",)),), title=f"t{i}")
+        for i in range(20)
+    ]
+    monkeypatch.setattr(fact_training, "load", lambda *_, **__: records)
+    return records
+
+
+def test_titles_for_training_watching_and_tests_are_apart(titled):
+    parts = {part: titles_for("squad", part) for part in ("train", "watch", "test")}
+    assert parts == {"train": titled[:5], "watch": titled[5:10], "test": titled[10:]}
+
+
+def test_a_share_of_the_documents_comes_from_public_sets(base, titled):
+    drawn = stream(base, mix={"squad": 3.0}).records(0, 200)
+    passages = [r for r in drawn if r.title in {t.title for t in titled}]
+    assert 120 < len(passages) < 180
+    assert {r.title for r in passages} == {f"t{i}" for i in range(5)}
