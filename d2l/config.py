@@ -82,7 +82,8 @@ class HypernetConfig:
     """The trainable part.  ``chunk_gate`` is ours: a learned factor in (0, 1) per chunk,
     layer, module and rank, so that a chunk with nothing to say can stay silent.  ``d_copy`` is
     ours too: the width of a path by which every rank row reads one place of the text directly (see
-    `hypernet.CopyPath`); 0 leaves it out.  ``mlp_dropout`` acts in training, before both matrices
+    `hypernet.CopyPath`); 0 leaves it out.  With ``say_next`` what it reads is also said as it is.
+    ``mlp_dropout`` acts in training, before both matrices
     of the pre-head MLPs.
     """
 
@@ -94,6 +95,7 @@ class HypernetConfig:
     use_bias: bool = True
     chunk_gate: bool = False
     d_copy: int = 0
+    say_next: bool = False
     mlp_dropout: float = 0.0
 
 

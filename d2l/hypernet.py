@@ -73,12 +73,16 @@ class CopyPath(nn.Module):
     ``p = softmax_t(W_q z . W_k f_t / sqrt(d_copy))`` and ``c = sum_t p_t W_v f_t`` for the latent z
     of a rank row and the normed features f.  With features that hold a token's state and the
     embedding of its successor, a row can store "in this state say that word" for words that
-    training never showed: the rank-1 term that a gradient step on that token would add.  Ours, not
-    in the published system.
+    training never showed: the rank-1 term that a gradient step on that token would add.  With
+    ``n_said`` the last ``n_said`` features, the embedding of the successor, are read too as they
+    are: ``sum_t p_t f_t``.  Ours, not in the published system.
     """
 
-    def __init__(self, d_model: int, d_latent: int, d_copy: int, eps: float = 1e-6) -> None:
+    def __init__(
+        self, d_model: int, d_latent: int, d_copy: int, n_said: int = 0, eps: float = 1e-6
+    ) -> None:
         super().__init__()
+        self.n_said, self.n_heads = n_said, 1 + math.ceil(n_said / d_copy)
         self.norm_features = RMSNorm(d_model, eps)
         self.norm_latents = RMSNorm(d_latent, eps)
         self.q = nn.Linear(d_latent, d_copy, bias=False)
@@ -90,13 +94,19 @@ class CopyPath(nn.Module):
         latents: Float[Tensor, "seg n_out d_latent"],
         features: Float[Tensor, "tok d_model"],
         segments: Segments,
-    ) -> Float[Tensor, "seg n_out d_copy"]:
-        """Return what each row has read."""
+    ) -> Float[Tensor, "seg n_out d_copy_and_said"]:
+        """Return what each row has read; what is said lies in heads of its own, as wide as W_v."""
         f = self.norm_features(features)
         q = self.q(self.norm_latents(latents))
-        k, v = self.k(f), self.v(f)
-        found = cross_attention(q[:, :, None].to(k.dtype), k[:, None], v[:, None], segments)
-        return found[:, :, 0]
+        k, v = self.k(f)[:, None], self.v(f)[:, None]
+        if self.n_said:
+            said = features[:, -self.n_said :].to(v.dtype)
+            spare = (self.n_heads - 1) * v.shape[2] - self.n_said
+            said = F.pad(said, (0, spare)).unflatten(1, (-1, v.shape[2]))
+            k, v = k.expand(-1, self.n_heads, -1), torch.cat([v, said], 1)
+        q = q[:, :, None].expand(-1, -1, self.n_heads, -1).to(k.dtype)
+        found = cross_attention(q.contiguous(), k.contiguous(), v, segments)
+        return found.flatten(2)[:, :, : self.v.out_features + self.n_said]
 
 
 class Hypernet(nn.Module):
@@ -106,9 +116,11 @@ class Hypernet(nn.Module):
     ``scaler_B = bias_B = 0``, so delta W is exactly zero.  With ``config.chunk_gate`` B is also
     multiplied by ``sigmoid(sqrt(d) w.u + b)``; this gate is not in the published system.  With
     ``config.d_copy`` the first half of what `CopyPath` reads adds to A and the second half to B,
-    through heads of their own.
+    through heads of their own; with ``config.say_next`` the embedding that it reads, scaled to unit
+    norm and by a gain for each row, adds to B too.
 
-    Raises ValueError for a target without layers or modules.
+    Raises ValueError for a target without layers or modules, and for ``say_next`` where features
+    hold no next token or a target does not write into the residual stream.
     """
 
     GATE_BIAS = 2.0
@@ -117,7 +129,15 @@ class Hypernet(nn.Module):
         super().__init__()
         if not targets.layers or not targets.modules:
             raise ValueError(f"nothing to adapt: {targets}")
-        self.config, self.targets, self.d_model = config, targets, d_model
+        self.config, self.targets, self.d_model, self.n_said = config, targets, d_model, 0
+        if config.say_next:
+            said = d_model // 2 if config.encoder.next_token and config.d_copy else 0
+            if set(targets.d_out.values()) != {said}:
+                raise ValueError(
+                    "say_next needs d_copy, next_token and targets as wide as an embedding, got "
+                    f"d_copy {config.d_copy}, next_token {config.encoder.next_token} and widths "
+                    f"{targets.d_out}"
+                )
         L, M, r = len(targets.layers), len(targets.modules), config.lora.rank
         d = config.perceiver.d_latent
         self.per_layer_features = config.encoder.kind == "per_layer_activations"
@@ -140,16 +160,19 @@ class Hypernet(nn.Module):
             self.gate_weight = nn.Parameter(torch.zeros(L, M, d))
             self.gate_bias = nn.Parameter(torch.full((L, M), self.GATE_BIAS))
         if config.d_copy:
-            self.copy = CopyPath(d_model, d, config.d_copy, config.perceiver.norm_eps)
+            self.n_said = d_model // 2 if config.say_next else 0
+            self.copy = CopyPath(d_model, d, config.d_copy, self.n_said, config.perceiver.norm_eps)
             w, spread = config.d_copy // 2, 0.5 / math.sqrt(config.d_copy // 2 + width * r)
             d_ins, d_outs = (max(sizes.values()) for sizes in (targets.d_in, targets.d_out))
             self.copy_A = nn.Parameter(torch.randn(L, M, w, d_ins) * spread)
             self.copy_B = nn.Parameter(torch.randn(L, M, config.d_copy - w, d_outs) * spread)
+            if config.say_next:
+                self.copy_gain = nn.Parameter(torch.ones(L, M, r, 1))
 
     def read(
         self, features: Float[Tensor, "tok d_model"], segments: Segments
     ) -> Float[Tensor, "chunk n_out d_read"]:
-        """Summarise each chunk of one encoder feature, ``d_read = d_latent + d_copy``."""
+        """Summarise each chunk of one encoder feature, ``d_read = d_latent + d_copy + n_said``."""
         latents = self.perceiver(features, segments)
         if not self.config.d_copy:
             return latents
@@ -182,8 +205,9 @@ class Hypernet(nn.Module):
 
     def generate(self, embeddings: Float[Tensor, "chunk layer mod r d_read"]) -> ChunkLora:
         """Turn embeddings into LoRA factors of every chunk, without merging."""
-        d_copy = self.config.d_copy
-        x, copied = embeddings.split((embeddings.shape[-1] - d_copy, d_copy), -1)
+        d_copy, n_said = self.config.d_copy, self.n_said
+        d_latent = embeddings.shape[-1] - d_copy - n_said
+        x, copied, said = embeddings.split((d_latent, d_copy, n_said), -1)
         for mlp in self.mlps:
             x = mlp(x)
         u = F.normalize(x, dim=-1)
@@ -204,6 +228,8 @@ class Hypernet(nn.Module):
                 )
                 own_A = own_A + torch.einsum("clrw,lwd->clrd", to_A, self.copy_A[:, i, :, :d_in])
                 own_B = own_B + torch.einsum("clrw,lwd->clrd", to_B, self.copy_B[:, i, :, :d_out])
+            if n_said:
+                own_B = own_B + F.normalize(said[:, :, i].to(own), dim=-1) * self.copy_gain[:, i]
             A[m] = own_A * self.scaler_A[m]
             B[m] = own_B * self.scaler_B[m]
             if gate is not None:

@@ -32,7 +32,7 @@ from .lora import ChunkLora, LoraBatch, route_rows
 from .losses import Averaging, average, lora_l1, shift
 from .model import DocToLoRA
 
-_NO_DECAY = ("scaler", "bias", "norm", "latents", "gate_weight")
+_NO_DECAY = ("scaler", "bias", "norm", "latents", "gate_weight", "gain")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Initialisation, first gradients and options of the hypernetwork."""
 
+import dataclasses
 import math
 
 import pytest
@@ -214,3 +215,49 @@ def test_the_copy_path_adds_to_both_factors_and_starts_at_zero():
         assert (before.B[m] - after.B[m]).abs().max() > 1e-3
     loras = adapters(doc_to_lora(trained=False, d_copy=6), [1, 2])
     assert not loras.delta_W(1, 2, "down_proj").any()
+
+
+def saying(d_copy=6) -> tuple[Hypernet, torch.Tensor, Segments]:
+    """A hypernetwork of three layers whose features are a state and the embedding after it."""
+    torch.manual_seed(0)
+    config = hypernet_config(
+        kind="early_exit", target_modules=("down_proj",), rank=4, d_copy=d_copy, use_bias=False
+    )
+    encoder = dataclasses.replace(config.encoder, next_token=True)
+    config = dataclasses.replace(config, encoder=encoder, say_next=True)
+    built = Hypernet(config, TargetShapes((0, 1, 2), {"down_proj": 9}, {"down_proj": 8}), 16)
+    with torch.no_grad():
+        built.scaler_B["down_proj"].fill_(1.0)
+        built.copy_gain.normal_()
+    return built, torch.randn(5, 16), Segments((2, 3))
+
+
+@pytest.mark.parametrize("d_copy", [6, 8, 3])  # the embedding's width is no multiple of it, or is
+def test_a_row_says_the_token_after_the_place_that_it_reads(d_copy):
+    built, features, segments = saying(d_copy)
+    found = built([features], segments).B["down_proj"]
+    gain = built.copy_gain.detach().clone()
+    with torch.no_grad():
+        built.copy_gain.zero_()
+    said = found - built([features], segments).B["down_proj"]
+    latents, copy = built.perceiver(features, segments).double(), built.copy.double()
+    for chunk, rows in enumerate((features[:2].double(), features[2:].double())):
+        q = latents[chunk] / (latents[chunk].square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        f = rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        score = (q @ copy.q.weight.T) @ (f @ copy.k.weight.T).T / math.sqrt(d_copy)
+        read = score.softmax(-1) @ rows[:, 8:]
+        unit = read / read.norm(dim=-1, keepdim=True)
+        expected = unit.unflatten(0, (3, 4)) * gain[:, 0].double()
+        torch.testing.assert_close(said[chunk].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"d_copy": 0}, {"next_token": False}, {"d_out": 9}], ids=lambda c: next(iter(c))
+)
+def test_saying_needs_a_next_token_and_targets_as_wide_as_an_embedding(changes):
+    config = hypernet_config(target_modules=("down_proj",), d_copy=changes.get("d_copy", 6))
+    encoder = dataclasses.replace(config.encoder, next_token=changes.get("next_token", True))
+    config = dataclasses.replace(config, encoder=encoder, say_next=True)
+    targets = TargetShapes((0, 1, 2), {"down_proj": 9}, {"down_proj": changes.get("d_out", 8)})
+    with pytest.raises(ValueError, match="say_next needs"):
+        Hypernet(config, targets, 16)
