@@ -100,7 +100,7 @@ _SMALL = {
     "stream": FactStream(max_facts=8, queries_per_doc=4, mix={"squad": 0.4}),
     "train": TrainConfig(
         steps=1500, docs_per_step=64, docs_per_micro_batch=64, lr=1e-3, betas=(0.9, 0.98),
-        warmup=50, curriculum=300, curriculum_exact=0.4, eval_every=250,
+        warmup=50, curriculum=250, curriculum_exact=0.3, eval_every=250,
     ),
     "eval": FactEval(
         n_facts=(1, 4, 8), n_docs=(20,) * 3, n_slow=2, max_new_tokens=32, metric="recall"
