@@ -62,7 +62,11 @@ def test_no_worse_than_twice_the_reference_and_the_same_again(op, backend, dtype
 
 @pytest.mark.parametrize(("op", "backend"), FAST)
 def test_memory_beside_inputs_and_outputs_is_small(op, backend):
-    """Neither K, V nor scores: at 106,496 tokens each of those is 100 MiB or more."""
+    """Neither K, V nor scores: at 106,496 tokens each of those is 100 MiB or more.
+
+    `latent_attention` keeps queries and results as wide as x, and a float32 result of each split:
+    88 MiB on an H200.
+    """
     one = OPS[op]((1024,) * 104, torch.bfloat16)
     with force(op, backend, one), torch.no_grad():
         one.fn(*one.tensors)
@@ -73,4 +77,4 @@ def test_memory_beside_inputs_and_outputs_is_small(op, backend):
     rows = (
         torch.finfo(torch.float32).bits // 8 * out.numel() * (4 if op == "latent_attention" else 1)
     )
-    assert beside <= 16 * MIB + 2 * rows
+    assert beside <= 16 * MIB + (3 if op == "latent_attention" else 2) * rows

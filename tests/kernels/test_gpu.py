@@ -1,7 +1,9 @@
 """What only a GPU can show: bfloat16 and races, memory, and time against the floor on paper.
 
 Errors are those from float64 on the same rounded inputs; a backend may have twice (forward) or
-three times (gradients) the error of the written form in the same dtype, and half an ulp.
+three times (gradients) the error of the written form in the same dtype, and half an ulp.  In
+float32 it may have eight times: the written form sums in a tree, the kernels and cuBLAS in order
+(5.2 times was seen on an H200, for sums of 1,030 products and for gradients that nearly cancel).
 """
 
 import pytest
@@ -49,7 +51,8 @@ def test_error_and_repeated_runs(op, backend, dtype):
         for i, (ours, theirs, truth) in enumerate(zip(found, plain, exact, strict=True)):
             error, allowed = ((t.double() - truth).norm() for t in (ours, theirs))
             free = torch.finfo(ours.dtype).eps / 2 * truth.norm()
-            assert error <= (3 if i else 2) * allowed + free
+            times = 8 if dtype == torch.float32 else 3 if i else 2
+            assert error <= times * allowed + free
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 

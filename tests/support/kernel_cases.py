@@ -57,15 +57,15 @@ def latent(lengths, g, make, n_latents=3, d_latent=12):
 def distill(lengths, g, make, softcap=None, vocab=17, k=4):
     n = sum(lengths)
     order = torch.rand(n, vocab, generator=g).argsort(-1)[:, :k]
-    logprob = torch.randn(n, k, generator=g, dtype=torch.float64).log_softmax(-1) - 0.1
-    weight = torch.rand(n, generator=g, dtype=torch.float64)
+    logprob = (torch.randn(n, k, generator=g, dtype=torch.float64).log_softmax(-1) - 0.1).float()
+    weight = torch.rand(n, generator=g, dtype=torch.float64).float()
     head = make(vocab, 6)
 
     def fn(hidden):
-        here = (t.to(hidden.device) for t in (logprob, order, weight))
-        teacher_logprob, teacher_idx, weights = here
-        args = (hidden, head.to(hidden), teacher_logprob, teacher_idx, softcap, weights)
-        return topk_distill(*args)[0]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        teacher_logprob, weights = (t.to(hidden.device, wide) for t in (logprob, weight))
+        args = (teacher_logprob, order.to(hidden.device), softcap, weights)
+        return topk_distill(hidden, head.to(hidden), *args)[0]
 
     return Case([make(n, 6)], fn)
 
