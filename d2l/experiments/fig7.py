@@ -14,7 +14,7 @@ FIGURE = QaExperiment(
     changes={
         "smoke": {"eval.n_facts": (4,)},
         "tiny": {
-            "eval.n_facts": (8,), "eval.n_docs": (100,), "eval.n_questions": 2, "eval.n_slow": 3,
+            "eval.n_facts": (8,), "eval.n_docs": (75,), "eval.n_questions": 2, "eval.n_slow": 3,
         },
     },
 )  # fmt: skip
