@@ -101,12 +101,15 @@ def draw_tab11(
     """Draw the base's score of every set by number of facts, and how often *unknown* is said.
 
     Bars carry Wilson's 95 % intervals (no score between 0 and 1 varies more than a coin of its
-    mean); ``paper`` is the paper's score of the set that each of ours stands for.
+    mean; what several seeds are asked counts once).  ``paper`` is the paper's score of the set that
+    each of ours stands for.
     """
     sets = list(dict.fromkeys(table["set"]))
     counts = sorted(set(table["n_facts"]))
     base = table[table["series"] == "base_with_context"]
     replies = by_method(table, ["unknown"])
+    once = pd.DataFrame(table[table["seed"] == min(table["seed"])])
+    replies["n"] = by_method(once, ["unknown"])["n"]
     with look():
         figure = PaperFigure(figsize=(7.2, 3.4), layout="constrained")
         FigureCanvasAgg(figure)

@@ -160,7 +160,7 @@ EXPERIMENTS = {
             id="tab11",
             title="What the base answers from its prompt, the denominators",
             default_scale="tiny",
-            cost={"smoke": "half a minute", "tiny": "4 min", "paper": "one GPU"},
+            cost={"smoke": "half a minute", "tiny": "5 min", "paper": "one GPU"},
             module="d2l.experiments.tab11",
         ),
     )
