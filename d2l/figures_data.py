@@ -12,12 +12,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .figures import COLOURS, PaperFigure, look
 from .measures_data import lengths
 
 _LINE_INCHES = 0.155
-_HEAD = ("where what is", "reply", "F1", "recall")
+_HEAD = ("what is where", "reply", "F1", "recall")
 _AT = (0.02, 0.45, 0.88, 0.94)
 _ROWS = {
     "d2l": "document in the adapter",
@@ -47,6 +48,7 @@ def draw_fig5(
             if what == "document":
                 axes.axvline(chunk_tok, color="0.4", linestyle=":", linewidth=1.2)
             axes.set(xlabel=f"{what} (tokens)", xlim=(0, None))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_title(f"here {_numbers(here)}\npaper {_numbers(paper[what])}", fontsize=7.5)
         figure.axes[0].set_ylabel(f"counted in {len(set(table['seed']))} training runs")
         figure.suptitle(f"Lengths of the training data, scale {scale}, {title}", fontsize=9)

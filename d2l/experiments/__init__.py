@@ -103,7 +103,7 @@ EXPERIMENTS = {
             id="fig7",
             title="Answering about numbers, situations and two hops",
             default_scale="tiny",
-            cost={"smoke": "half a minute", "tiny": "5 min", "paper": "one GPU"},
+            cost={"smoke": "half a minute", "tiny": "8 min", "paper": "one GPU"},
             module="d2l.experiments.fig7",
         ),
         Experiment(
