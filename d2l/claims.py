@@ -164,7 +164,8 @@ def _judge_one(
 
 def _measure(table: pd.DataFrame, test: Criterion, context: Mapping[str, Any]) -> Measurement:
     for column, value in test.where.items():
-        table = table[table[column] == value] if column in table else table.head(0)
+        known = column in table
+        table = pd.DataFrame(table[table[column] == value]) if known else table.head(0)
     if test.where and table.empty:
         raise NotTestable(f"no rows with {test.where}")
     found = MEASURES[test.measure](table, context, **test.args)

@@ -59,10 +59,10 @@ def draw_fig5(
 def draw_fig8(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Figure:
     """Write each document with its question, and the replies side by side with their scores."""
     lines: list[list[tuple[float, str, dict[str, Any]]]] = []
-    for (document, question), rows in table.groupby(["document", "question"], sort=False):
-        for paragraph in str(document).splitlines():
+    for _, rows in table.groupby(["document", "question"], sort=False):
+        for paragraph in rows["document"].iloc[0].splitlines():
             lines += [[(0.0, text, {})] for text in textwrap.wrap(paragraph, 118)]
-        asked = f"{question}  [{rows['answer'].iloc[0]}]"
+        asked = f"{rows['question'].iloc[0]}  [{rows['answer'].iloc[0]}]"
         lines.append([(0.0, asked, {"fontweight": "bold"})])
         lines.append([(x, text, {"color": "0.4"}) for x, text in zip(_AT, _HEAD, strict=True)])
         for row in rows.to_dict("records"):

@@ -106,7 +106,7 @@ def draw_tab11(
     """
     sets = list(dict.fromkeys(table["set"]))
     counts = sorted(set(table["n_facts"]))
-    base = table[table["series"] == "base_with_context"]
+    base = pd.DataFrame(table[table["series"] == "base_with_context"])
     replies = by_method(table, ["unknown"])
     once = pd.DataFrame(table[table["seed"] == min(table["seed"])])
     replies["n"] = by_method(once, ["unknown"])["n"]

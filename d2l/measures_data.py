@@ -21,7 +21,7 @@ def lengths(table: pd.DataFrame, what: str) -> dict[str, float]:
     Raises NotTestable where nothing of the kind was counted.
     """
     rows = table[table["what"] == what]
-    every = np.repeat(rows["n_tok"].to_numpy(), rows["n"].to_numpy())
+    every = np.repeat(np.asarray(rows["n_tok"]), np.asarray(rows["n"]))
     if not every.size:
         raise NotTestable(f"no {what} was counted")
     return {

@@ -116,9 +116,9 @@ def by_method(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     keyed = table.assign(part=table["part"].fillna("").astype(str))
     keys = [key for key in ("set", "series", "part") if key in keyed]
     rows = []
-    for values, group in keyed.groupby(keys, sort=False):
+    for _, group in keyed.groupby(keys, sort=False):
         mean = {c: float(np.average(group[c], weights=group["n"])) for c in columns}
-        named = dict(zip(keys, values, strict=True))
+        named = {key: group[key].iloc[0] for key in keys}
         rows.append({**named, **mean, "n": int(np.sum(group["n"]))})
     return pd.DataFrame(rows)
 

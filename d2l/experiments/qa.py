@@ -96,12 +96,13 @@ class QaExperiment:
         asked = request(self.id, scale, seed, overrides, out_dir)
         wanted = self.config(scale, {"train.seed": seed} | asked.overrides)
         self._check_overrides(asked.overrides)
+        measured = pd.concat(self.rows(asked, retrain), ignore_index=True)
         drawn = QaRun(
             request=asked,
             config=wanted,
             paper=self.config("paper"),
             sources=SOURCES,
-            table=pd.concat(self.rows(asked, retrain), ignore_index=True)[list(self.columns)],
+            table=pd.DataFrame(measured[list(self.columns)]),
             context=self.context(wanted),
             title=wanted.base,
             seconds=time.monotonic() - began,
