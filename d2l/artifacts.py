@@ -40,7 +40,14 @@ QA_COLUMNS = (
     "relative_high", "context_ratio", "update_s", "update_mib", "generation_s", "generation_mib",
     "adapter_mib", "seed",
 )  # fmt: skip
+SET_COLUMNS = ("set", *QA_COLUMNS, "unknown")
+LENGTH_COLUMNS = ("what", "n_tok", "n", "seed")
+WORD_COLUMNS = (
+    "series", "part", "n_facts", "n", "document", "question", "answer", "reply", "f1", "recall",
+    "seed",
+)  # fmt: skip
 VARIANT_COLUMNS = ("filler", "needle", *COLUMNS)
+TABLES = (COLUMNS, QA_COLUMNS, SET_COLUMNS, LENGTH_COLUMNS, WORD_COLUMNS)
 RESULT_FILES = ("data.csv", "variants.csv", "figure.svg", "figure.png")
 DISTRIBUTIONS = ("torch", "transformers", "d2l-core", "d2l-kernels")
 DEFAULT_PAPER = "doc-to-lora"
@@ -72,9 +79,11 @@ def write_csv(path: str | os.PathLike[str], table: pd.DataFrame) -> Path:
 
 
 def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read a results table and check its columns: those with a ``part`` are of ``QA_COLUMNS``."""
+    """Read a results table and check that it has the columns of the nearest of ``TABLES``."""
     table = pd.read_csv(path, dtype={"part": str})
-    check_columns(table, QA_COLUMNS if "part" in table.columns else COLUMNS, str(path))
+    found = set(table.columns)
+    nearest = min(TABLES, key=lambda columns: (-len(found & set(columns)), len(columns)))
+    check_columns(table, nearest, str(path))
     return table
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from . import artifacts, measures_qa  # noqa: F401  (its measures register themselves)
+from . import artifacts, measures_data, measures_qa  # noqa: F401  (they register measures)
 from .measures import MEASURES, Measurement, NotTestable, single_seeds
 
 SCALES = ("smoke", "tiny", "small", "paper")
@@ -28,10 +28,14 @@ _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": opera
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-    """How a claim is tested: `measure(table, **args) op threshold`, or why it is not."""
+    """How a claim is tested: `measure(table, **args) op threshold`, or why it is not.
+
+    The measure sees the rows whose columns have the values in `where`.
+    """
 
     measure: str = ""
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    where: dict[str, Any] = dataclasses.field(default_factory=dict)
     op: str = ""
     threshold: float = math.nan
     not_testable: str = ""
@@ -159,6 +163,11 @@ def _judge_one(
 
 
 def _measure(table: pd.DataFrame, test: Criterion, context: Mapping[str, Any]) -> Measurement:
+    for column, value in test.where.items():
+        known = column in table
+        table = pd.DataFrame(table[table[column] == value]) if known else table.head(0)
+    if test.where and table.empty:
+        raise NotTestable(f"no rows with {test.where}")
     found = MEASURES[test.measure](table, context, **test.args)
     if not math.isfinite(found.value):
         raise NotTestable(f"{test.measure} is {found.value}")
@@ -185,7 +194,19 @@ def _claim(entry: Mapping[str, Any]) -> Claim:
         raise ValueError(f"{name} lacks {', '.join(missing)}")
     tests: dict[str, Criterion] = {}
     for data in entry.get("test", []):
-        _check_keys(data, ("scales", "measure", "args", "op", "threshold", "not_testable"), name)
+        _check_keys(
+            data,
+            (
+                "scales",
+                "measure",
+                "args",
+                "where",
+                "op",
+                "threshold",
+                "not_testable",
+            ),
+            name,
+        )
         test = _test(data, name)
         for scale in data.get("scales", []):
             if scale not in SCALES or scale in tests:

@@ -1,6 +1,7 @@
-"""The figures of the papers, drawn from results tables; the only place that knows matplotlib.
+"""The figures of the papers, drawn from results tables: their look, figure 2 and the kernels' page.
 
-Nothing here computes a result.  Saved SVGs are the same bytes for the same table.
+Nothing here computes a result; only this module and its kin (`figures_qa`, `figures_data`) know
+matplotlib.  Saved SVGs are the same bytes for the same table.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import contextlib
 import dataclasses
 import io
 import math
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from . import artifacts
 from .measures import NotTestable, Point, pool_seeds, single_seeds
-from .measures_qa import by_method
 
-_COLOURS = sns.color_palette("colorblind")
+COLOURS = sns.color_palette("colorblind")
 _RC = {
     "font.size": 8,
     "axes.labelsize": 8,
@@ -44,7 +43,9 @@ _RC = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Style:
+class Style:
+    """How a series is drawn: label, colour (RGB, 0 to 1), marker, line, and whether hollow."""
+
     label: str
     colour: tuple[float, float, float]
     marker: str
@@ -53,40 +54,19 @@ class _Style:
 
 
 _STYLES = {
-    "base_with_context": _Style("base, document in context", _COLOURS[1], "s"),
-    "d2l": _Style("D2L", _COLOURS[0], "o"),
-    "wrong_document": _Style("D2L, wrong document", _COLOURS[4], "D", "-", hollow=True),
-    "base_without_context": _Style("base, no document", (0.25, 0.25, 0.25), "x", ":"),
+    "base_with_context": Style("base, document in context", COLOURS[1], "s"),
+    "d2l": Style("D2L", COLOURS[0], "o"),
+    "wrong_document": Style("D2L, wrong document", COLOURS[4], "D", "-", hollow=True),
+    "base_without_context": Style("base, no document", (0.25, 0.25, 0.25), "x", ":"),
 }
-_QA_STYLES = {
-    "base_with_context": _Style("base, document in context", _COLOURS[1], "s"),
-    "base_without_context": _Style("base, no document", (0.25, 0.25, 0.25), "X"),
-    "truncated_context": _Style("base, half of the document", _COLOURS[5], "s", hollow=True),
-    "selective_context": _Style("selective context", (0.55, 0.55, 0.55), "."),
-    "retrieved": _Style("best chunk (BM25)", _COLOURS[2], "v"),
-    "d2l": _Style("D2L", _COLOURS[0], "o"),
-    "d2l_with_truncated_context": _Style("D2L and half of the document", _COLOURS[9], "o"),
-    "wrong_document": _Style("D2L, wrong document", _COLOURS[4], "D", hollow=True),
-    "with_context_and_adapter": _Style("document in prompt, adapter", _COLOURS[0], "o"),
-    "d2l_swapped": _Style("D2L of the question", _COLOURS[3], "o"),
-    "document_alone": _Style("document, no question", (0.5, 0.5, 0.5), "P"),
-    "cd_oracle": _Style("context distillation, oracle", _COLOURS[3], "^"),
-    "cd_generated": _Style("context distillation, other questions", _COLOURS[3], "^", hollow=True),
-}
-_FIG3_AXES = (
-    ("context_ratio", "share of the document in the prompt", False),
-    ("update_s", "update latency (s)", True),
-    ("update_mib", "peak memory of the update (MiB)", True),
-)
-_PART_COLOURS = [_COLOURS[i] for i in (0, 3, 2, 8, 6)]
-_WITH_ADAPTER = _Style("D2L, adapter counted", _COLOURS[9], "o", "--", hollow=True)
+_WITH_ADAPTER = Style("D2L, adapter counted", COLOURS[9], "o", "--", hollow=True)
 
 
 class PaperFigure(Figure):
     """A figure that notebooks display without pyplot's global state."""
 
     def _repr_png_(self) -> bytes:
-        with _look():
+        with look():
             return _render(self, "png")
 
 
@@ -107,7 +87,7 @@ def draw_fig2(
     missing memories are left out; a series measured at 0 tokens alone holds for every length.
     """
     artifacts.check_columns(table, artifacts.COLUMNS, "the table of figure 2")
-    with _look():
+    with look():
         figure = PaperFigure(figsize=(4.6, 5.2), layout="constrained")
         FigureCanvasAgg(figure)
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.25, 1))
@@ -137,13 +117,13 @@ def draw_fig2(
 
 def draw_kernels(errors: pd.DataFrame, speed: pd.DataFrame) -> PaperFigure:
     """Draw each op's error by dtype (left) and its speed over the written form by size (right)."""
-    with _look():
+    with look():
         figure = PaperFigure(figsize=(7.2, 3.4), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
         ops = list(dict.fromkeys(errors["op"]))
         dtypes = list(dict.fromkeys(errors["dtype"]))
-        for op, colour in zip(ops, _COLOURS, strict=False):
+        for op, colour in zip(ops, COLOURS, strict=False):
             for form, marker in (("torch", "o"), ("reference", "x")):
                 rows = errors[(errors["op"] == op) & (errors["form"] == form)]
                 at = [dtypes.index(dtype) + 0.15 * (ops.index(op) - 1.5) for dtype in rows["dtype"]]
@@ -160,7 +140,7 @@ def draw_kernels(errors: pd.DataFrame, speed: pd.DataFrame) -> PaperFigure:
             found = dict(zip(zip(one["op"], one["size"], strict=True), one["speedup"], strict=True))
             values = [found[size] for size in sizes]
             at = [i + offset for i in range(len(sizes))]
-            right.barh(at, values, 0.4, label=direction, color=_COLOURS[int(offset > 0)])
+            right.barh(at, values, 0.4, label=direction, color=COLOURS[int(offset > 0)])
         right.axvline(1, color="black", linewidth=0.8)
         right.set(xscale="log", xlabel="times as fast as the written form")
         right.set_yticks(range(len(sizes)), [f"{op}\n{size}" for op, size in sizes], fontsize=5.5)
@@ -169,133 +149,9 @@ def draw_kernels(errors: pd.DataFrame, speed: pd.DataFrame) -> PaperFigure:
     return figure
 
 
-def draw_fig3(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Figure:
-    """Draw relative performance against context ratio, update latency and update memory.
-
-    One point a method (seeds and numbers of facts averaged), as figure 3; ``metric`` names what
-    the performance is.  A method without a positive time or memory stands at the left edge.
-    """
-    points = by_method(table, ["relative", "context_ratio", "update_s", "update_mib"])
-    with _look():
-        figure = PaperFigure(figsize=(7.2, 3.3), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(1, 3, sharey=True)
-        for axes, (column, label, log) in zip(panels, _FIG3_AXES, strict=True):
-            positive = [v for v in points[column] if v > 0]
-            edge = min(positive) / 3 if log and positive else 0.0
-            if log:
-                axes.set_xscale("log")
-            for series, part, x, y in points[["series", "part", column, "relative"]].itertuples(
-                index=False
-            ):
-                if x != x:
-                    continue
-                style = _QA_STYLES.get(series, _Style(series, (0.5, 0.5, 0.5), "."))
-                _plot(axes, [max(x, edge)], [y], dataclasses.replace(style, dashes=""))
-                if series == "selective_context" and not log:
-                    axes.annotate(f"{float(part):.0%}", (x, y), (4, -7), fontsize=6, color="0.4",
-                                  textcoords="offset points")  # fmt: skip
-            axes.set_xlabel(label)
-            axes.axhline(1.0, color="0.6", linewidth=0.7, zorder=1)
-        panels[0].set_ylabel(
-            f"{metric.capitalize()} relative to the base\nwith the document in its prompt"
-        )
-        panels[0].set_ylim(bottom=min(-0.03, min(points["relative"]) - 0.03))
-        found = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4,
-                      frameon=False, handletextpad=0.2, columnspacing=1.2)  # fmt: skip
-        figure.suptitle(f"Answering about a document, scale {scale}, {title}", fontsize=9)
-        sns.despine(fig=figure)
-    return figure
-
-
-def draw_fig1(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Figure:
-    """Draw performance, update latency and update memory of D2L and of distillation as bars."""
-    points = by_method(table, ["relative", "update_s", "update_mib"])
-    points = points[(points["part"] != "iterative") & (points["series"] != "base_with_context")]
-    styles = [_QA_STYLES[str(series)] for series in points["series"]]
-    with _look():
-        figure = PaperFigure(figsize=(7.2, 1.9), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(1, 3, sharey=True)
-        labels = (f"{metric}, relative", "update latency (s)", "update memory (MiB)")
-        for axes, column, label in zip(
-            panels, ("relative", "update_s", "update_mib"), labels, strict=True
-        ):
-            fills = [(*s.colour, 0.45 if s.hollow else 1.0) for s in styles]
-            bars = axes.barh(range(len(points)), points[column], color=fills)
-            axes.bar_label(bars, fmt="{:.3g}", padding=2, fontsize=7)
-            axes.set(xlabel=label, xscale="linear" if column == "relative" else "log")
-            axes.margins(x=0.2)
-            axes.grid(visible=False, axis="y")
-        panels[0].set_yticks(range(len(points)), [s.label for s in styles])
-        panels[0].invert_yaxis()
-        figure.suptitle(f"Internalising a document, scale {scale}, {title}", fontsize=9)
-        sns.despine(fig=figure)
-    return figure
-
-
-def draw_fig6(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Figure:
-    """Draw performance relative to the base over training steps, single seeds faint."""
-    with _look():
-        figure = PaperFigure(figsize=(4.4, 2.9), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        for series in ("d2l", "wrong_document"):
-            style = _QA_STYLES[series]
-            rows = table[table["series"] == series]
-            rows = rows.assign(step=rows["part"].astype(int)).sort_values("step")
-            for _, one in rows.groupby("seed"):
-                axes.plot(one["step"], one["relative"], color=style.colour, alpha=0.35, lw=0.8)
-            at, mean = _mean(rows, "step", "relative")
-            _plot(axes, at, mean, style)
-        axes.axhline(1.0, color="0.6", linewidth=0.7, zorder=1)
-        axes.set(
-            xlabel="training step", ylabel="recall relative to the base\nthat reads the document"
-        )
-        axes.legend(frameon=False)
-        axes.set_title(f"Training, scale {scale}, {title}")
-        sns.despine(fig=figure)
-    return figure
-
-
-def draw_by_facts(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Figure:
-    """Draw the metric over the number of facts, one line a method, single seeds faint.
-
-    Parts of one series are told apart by colour, the base and the controls keep their styles.
-    """
-    named = table.assign(part=table["part"].fillna("").astype(str))
-    with _look():
-        figure = PaperFigure(figsize=(5.0, 3.3), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        counts = sorted(set(named["n_facts"]))
-        parts = [p for p in dict.fromkeys(named["part"]) if p]
-        for series, part in named[["series", "part"]].drop_duplicates().itertuples(index=False):
-            rows = pd.DataFrame(named[(named["series"] == series) & (named["part"] == part)])
-            style = _QA_STYLES.get(series, _Style(series, (0.5, 0.5, 0.5), "."))
-            if part and series != "wrong_document":
-                colour = _PART_COLOURS[parts.index(part) % len(_PART_COLOURS)]
-                style = dataclasses.replace(style, label=f"{style.label}: {part}", colour=colour)
-            for _, one in rows.groupby("seed"):
-                there, values = _mean(pd.DataFrame(one), "n_facts", metric)
-                at = [counts.index(n) for n in there]
-                axes.plot(at, values, color=style.colour, alpha=0.3, linewidth=0.8)
-            there, values = _mean(rows, "n_facts", metric)
-            _plot(axes, [float(counts.index(n)) for n in there], values, style)
-        axes.set_xticks(range(len(counts)), [str(n) for n in counts])
-        axes.set(xlabel="facts in the document", ylabel=metric, ylim=(-0.04, 1.06))
-        found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=2,
-                      frameon=False)  # fmt: skip
-        figure.suptitle(f"Answering about a document, scale {scale}, {title}", fontsize=9)
-        sns.despine(fig=figure)
-    return figure
-
-
 def save_figure(figure: Figure, folder: Path, name: str = "figure") -> tuple[Path, Path]:
     """Write `name`.svg and `name`.png into `folder` atomically; the same figure, the same bytes."""
-    with _look():
+    with look():
         return (
             artifacts.write_bytes(folder / f"{name}.svg", _render(figure, "svg")),
             artifacts.write_bytes(folder / f"{name}.png", _render(figure, "png")),
@@ -303,7 +159,8 @@ def save_figure(figure: Figure, folder: Path, name: str = "figure") -> tuple[Pat
 
 
 @contextlib.contextmanager
-def _look() -> Iterator[None]:
+def look() -> Iterator[None]:
+    """Draw and save in the style of the house while this lasts."""
     style: dict[Any, Any] = {**sns.axes_style("whitegrid"), **_RC}
     with mpl.rc_context(style):
         yield
@@ -316,7 +173,7 @@ def _render(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_accuracy(axes: Axes, table: pd.DataFrame, name: str, style: _Style) -> None:
+def _draw_accuracy(axes: Axes, table: pd.DataFrame, name: str, style: Style) -> None:
     curve = _curve(table, name)
     if not curve:
         return
@@ -331,7 +188,7 @@ def _draw_accuracy(axes: Axes, table: pd.DataFrame, name: str, style: _Style) ->
     lengths = [p.tok for p in curve]
     low, high = [p.ci_low for p in curve], [p.ci_high for p in curve]
     axes.fill_between(lengths, low, high, color=style.colour, alpha=0.16, linewidth=0)
-    _plot(axes, lengths, [p.accuracy for p in curve], style)
+    plot(axes, lengths, [p.accuracy for p in curve], style)
 
 
 def _draw_memory(axes: Axes, table: pd.DataFrame) -> None:
@@ -348,7 +205,7 @@ def _draw_memory(axes: Axes, table: pd.DataFrame) -> None:
         measured = [(tok, mib) for tok, mib in points if mib > 0]
         values += [mib for _, mib in measured]
         if measured:
-            _plot(axes, [tok for tok, _ in measured], [mib for _, mib in measured], style)
+            plot(axes, [tok for tok, _ in measured], [mib for _, mib in measured], style)
     if not values:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.4")
         return
@@ -361,12 +218,6 @@ def _draw_memory(axes: Axes, table: pd.DataFrame) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def _mean(rows: pd.DataFrame, by: str, column: str) -> tuple[list[float], list[float]]:
-    """Return the values of ``by``, ascending, and the mean of ``column`` at each."""
-    at = sorted(set(rows[by]))
-    return at, [statistics.fmean(rows[rows[by] == x][column]) for x in at]
-
-
 def _curve(table: pd.DataFrame, series: str) -> list[Point]:
     try:
         return pool_seeds(table, series)
@@ -374,7 +225,8 @@ def _curve(table: pd.DataFrame, series: str) -> list[Point]:
         return []
 
 
-def _plot(axes: Axes, x: list[float], y: list[float], style: _Style) -> None:
+def plot(axes: Axes, x: list[float], y: list[float], style: Style) -> None:
+    """Add one line or, without dashes, points of a series to ``axes``."""
     axes.plot(
         x,
         y,

@@ -13,6 +13,9 @@ import pandas as pd
 
 from .measures import Measurement, NotTestable, measure
 
+LEAST_DENOMINATOR = 0.3
+"""A ratio to a base that answers less says nothing; the paper's lowest is 0.34 (table 11)."""
+
 
 def cell(table: pd.DataFrame, column: str, series: str, part: str = "") -> float:
     """Return a column's mean over seeds and numbers of facts, weighted by questions.
@@ -33,6 +36,31 @@ def qa_value(
     """Read a method's own number, e.g. its recall."""
     value = cell(table, column, series, part)
     return Measurement(value, f"{column} of {_name(series, part)}")
+
+
+@measure
+def qa_relative(
+    table: pd.DataFrame,
+    context: Mapping[str, Any],
+    *,
+    series: str,
+    part: str = "",
+    of: str = "",
+    of_part: str = "",
+) -> Measurement:
+    """Read a method's score relative to the base with context, less that of ``of`` if named.
+
+    Raises NotTestable where the base answers below `LEAST_DENOMINATOR`: exactly, where the metric
+    is F1, which half rewards a mixture of two names that are compared; else by recall.
+    """
+    column = "exact" if context["metric"] == "f1" else "recall"
+    base = cell(table, column, "base_with_context")
+    if base < LEAST_DENOMINATOR:
+        raise NotTestable(f"{column} of the base with the document in its prompt is {base:.3g}")
+    less = cell(table, "relative", of, of_part) if of else 0.0
+    value = cell(table, "relative", series, part)
+    note = f"{value:.3g} of the base" + (f", {_name(of, of_part)} {less:.3g}" if of else "")
+    return Measurement(value - less, note)
 
 
 @measure
@@ -84,13 +112,14 @@ def qa_difference(
 
 
 def by_method(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Average ``columns`` over seeds and numbers of facts; one row a method, in order."""
+    """Average ``columns`` over seeds and numbers of facts; one row a method (and set), in order."""
     keyed = table.assign(part=table["part"].fillna("").astype(str))
+    keys = [key for key in ("set", "series", "part") if key in keyed]
     rows = []
-    for series, part in keyed[["series", "part"]].drop_duplicates().itertuples(index=False):
-        group = keyed[(keyed["series"] == series) & (keyed["part"] == part)]
+    for _, group in keyed.groupby(keys, sort=False):
         mean = {c: float(np.average(group[c], weights=group["n"])) for c in columns}
-        rows.append({"series": series, "part": part, **mean, "n": int(np.sum(group["n"]))})
+        named = {key: group[key].iloc[0] for key in keys}
+        rows.append({**named, **mean, "n": int(np.sum(group["n"]))})
     return pd.DataFrame(rows)
 
 

@@ -26,7 +26,16 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
-RESULTS = {"artifacts", "measures", "measures_qa", "claims", "figures"}
+RESULTS = {
+    "artifacts",
+    "measures",
+    "measures_qa",
+    "measures_data",
+    "claims",
+    "figures",
+    "figures_qa",
+    "figures_data",
+}
 
 # rooms of d2l from the ground up; a room may use its own floor and those below
 EXPERIMENTS_ONLY = RESULTS | {
@@ -59,8 +68,7 @@ CONFINED = {
     "peft": ("d2l.export",),
     "triton": ("d2l_kernels.*triton*",),
     "flash_attn": ("d2l_kernels.*flash*",),
-    "matplotlib": ("d2l.figures",),
-    "seaborn": ("d2l.figures",),
+    **dict.fromkeys(("matplotlib", "seaborn"), ("d2l.figures", "d2l.figures_*")),
     "ipywidgets": ("d2l.widgets",),
     **dict.fromkeys(("bs4", "mammoth", "markdownify", "pypdf"), ("d2l.documents",)),
     "pyarrow": ("d2l.self_generate",),

@@ -82,6 +82,13 @@ EXPERIMENTS = {
             module="d2l.experiments.fig1",
         ),
         Experiment(
+            id="fig5",
+            title="How long the documents and questions of training are",
+            default_scale="tiny",
+            cost={"smoke": "half a minute", "tiny": "half a minute", "paper": "one GPU"},
+            module="d2l.experiments.fig5",
+        ),
+        Experiment(
             id="fig6",
             title="Performance while the hypernetwork trains",
             default_scale="tiny",
@@ -91,6 +98,20 @@ EXPERIMENTS = {
                 "paper": "training the hypernetwork, days on 8 H200",
             },
             module="d2l.experiments.fig6",
+        ),
+        Experiment(
+            id="fig7",
+            title="Answering about numbers, situations and two hops",
+            default_scale="tiny",
+            cost={"smoke": "half a minute", "tiny": "8 min", "paper": "one GPU"},
+            module="d2l.experiments.fig7",
+        ),
+        Experiment(
+            id="fig8",
+            title="The words of table 3: a document or its question internalised",
+            default_scale="tiny",
+            cost={"smoke": "half a minute", "tiny": "seconds", "paper": "one GPU"},
+            module="d2l.experiments.fig8",
         ),
         Experiment(
             id="tab3",
@@ -134,6 +155,13 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={"smoke": "half a minute", "tiny": "4 min", "paper": "one GPU"},
             module="d2l.experiments.tab8",
+        ),
+        Experiment(
+            id="tab11",
+            title="What the base answers from its prompt, the denominators",
+            default_scale="tiny",
+            cost={"smoke": "half a minute", "tiny": "5 min", "paper": "one GPU"},
+            module="d2l.experiments.tab11",
         ),
     )
 }

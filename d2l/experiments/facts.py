@@ -62,7 +62,8 @@ class FactEval:
 
     ``metric`` is what ``relative`` compares (the paper: F1, recall for verbose models).  Slow
     methods (distillation) see the first ``n_slow`` documents only; memory is counted on the first
-    ``n_metered``.  ``kinds`` of questions take turns.
+    ``n_metered``.  ``kinds`` of questions take turns.  ``rivals`` of the documents is that of the
+    training stream where it is None.
     """
 
     n_facts: tuple[int, ...] = (8,)
@@ -76,6 +77,7 @@ class FactEval:
     cd_lr: float = 1e-4
     metric: Metric = "f1"
     kinds: tuple[str, ...] = ("recall",)
+    rivals: bool | None = None
     forms: str = "test"
     max_new_tokens: int = 16
     seed: int = 4321
@@ -157,7 +159,7 @@ def documents(wanted: FactRun, n_facts: int, n: int, *, shift: int = 0) -> list[
         values=wanted.stream.values,
         words=wanted.stream.words,
         distractors=wanted.stream.distractors,
-        rivals=wanted.stream.rivals,
+        rivals=wanted.stream.rivals if e.rivals is None else e.rivals,
     )
     rng = random.Random(f"held-out/{e.seed + shift}/{n_facts}")
     n_questions = min(e.n_questions, n_facts)
@@ -250,12 +252,14 @@ def measure(
 ) -> pd.DataFrame:
     """Ask every one of ``methods`` (or the series in ``only``) about the held-out documents.
 
-    One row for each method and number of facts, columns as in `artifacts.QA_COLUMNS`.
+    One row for each method and number of facts, columns as in `artifacts.QA_COLUMNS`, and
+    ``unknown``, the share of replies that say that there is no answer.
     ``relative`` is the metric over that of the first method, the base with the document in
     context, on the same questions; its interval a bootstrap over documents.  Memory is counted
     apart, and of two epochs where a method trains: it peaks in the first.
     """
     base, rows = model.base, []
+    none = LEXICONS[wanted.stream.vocabulary].unknown
     short = dataclasses.replace(wanted, eval=dataclasses.replace(wanted.eval, cd_epochs=2))
     for n_facts, n_docs in zip(wanted.eval.n_facts, wanted.eval.n_docs, strict=True):
         records = documents(wanted, n_facts, n_docs)
@@ -283,9 +287,12 @@ def measure(
             rows.append(
                 {"series": series, "part": part, "n_facts": n_facts, "n_docs": len(asked)}
                 | _row(scores, replies, measured, reference, wanted.eval.metric)
-                | {"seed": seed}
+                | {
+                    "seed": seed,
+                    "unknown": statistics.fmean(score(r.text, none).exact for r in replies),
+                }
             )
-    return pd.DataFrame(rows, columns=list(QA_COLUMNS))
+    return pd.DataFrame(rows, columns=[*QA_COLUMNS, "unknown"])
 
 
 def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
@@ -364,7 +371,10 @@ def _relative(
     metric: Metric,
     n_draws: int = 1000,
 ) -> tuple[float, float, float]:
-    """Return the ratio of sums with a 95 % bootstrap interval over documents."""
+    """Return the ratio of sums with a 95 % bootstrap interval over documents.
+
+    NaN where the reference scores nothing; draws in which it does are left out.
+    """
     pairs = [
         (
             math.fsum(getattr(s, metric) for s in listed),
@@ -375,7 +385,9 @@ def _relative(
     rng = random.Random(0)
 
     def ratio(drawn: Sequence[tuple[float, float]]) -> float:
-        return sum(a for a, _ in drawn) / max(1e-9, sum(b for _, b in drawn))
+        below = sum(b for _, b in drawn)
+        return sum(a for a, _ in drawn) / below if below else math.nan
 
-    draws = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(n_draws))
-    return draws[n_draws // 40], ratio(pairs), draws[-n_draws // 40 - 1]
+    drawn = (ratio(rng.choices(pairs, k=len(pairs))) for _ in range(n_draws))
+    draws = sorted(r for r in drawn if not math.isnan(r)) or [math.nan]
+    return draws[len(draws) // 40], ratio(pairs), draws[-(len(draws) // 40) - 1]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from ..artifacts import read_csv, results_dir
-from ..figures import draw_fig1
+from ..figures_qa import draw_fig1
 from .base import Request
 from .qa import SHIPS, QaExperiment
 

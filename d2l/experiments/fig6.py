@@ -7,7 +7,7 @@ import pandas as pd
 
 from ..artifacts import QA_COLUMNS
 from ..baselines import Setting, in_context
-from ..figures import draw_fig6
+from ..figures_qa import draw_fig6
 from ..lm.base import LanguageModel
 from ..qa_metrics import score
 from ..train import read_curve

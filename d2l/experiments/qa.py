@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..artifacts import QA_COLUMNS
+from ..artifacts import QA_COLUMNS, SET_COLUMNS
 from ..config import with_overrides
 from ..figures import Figure
 from ..measures_qa import by_method
@@ -28,6 +28,16 @@ COMPARED = ("d2l", "wrong_document", "base_with_context", "base_without_context"
 Changes = Mapping[str, Any]
 Measure = Callable[..., pd.DataFrame]
 
+SETS: dict[str, Changes] = {
+    "recall": {},
+    "rivals": {"eval.rivals": True},
+    "two hops": {"eval.kinds": ("two_hop",)},
+    "numeric": {"eval.kinds": ("numeric",), "eval.rivals": True},
+    "situational": {"eval.kinds": ("situational",)},
+    "unanswerable": {"eval.kinds": ("unanswerable",)},
+}
+"""Sets of questions; numbers are compared, so two entities of one type have them (*rivals*)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class QaExperiment:
@@ -36,18 +46,29 @@ class QaExperiment:
     ``variants`` names what is compared: each is the recipe of figure 3 with some dotted keys
     changed, and becomes the ``part`` of series *d2l*.  Without variants the methods of ``series``
     (None: all) are asked with the weights that ship, those of ``again`` with every training seed.
-    At most ``most_seeds`` training seeds are compared.  ``changes`` are made to the recipe of
-    a scale first, as a rule to its evaluation.
+    At most ``most_seeds`` training seeds are compared.  ``sets`` of questions, each a change to the
+    evaluation, are asked one after another.  ``changes`` are made to the recipe of a scale first,
+    as a rule to its evaluation.
     """
 
     id: str
     draw: Callable[..., Figure]
     series: tuple[str, ...] | None = None
     variants: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
+    sets: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
     changes: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
     again: tuple[str, ...] = AGAIN
     most_seeds: int = 3
     measure: Measure = measure
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of its table."""
+        return SET_COLUMNS if self.sets else QA_COLUMNS
+
+    def context(self, wanted: FactRun) -> dict[str, Any]:
+        """Return what the claims and the picture refer to."""
+        return {"metric": wanted.eval.metric}
 
     def config(self, scale: str, overrides: Changes | None = None) -> FactRun:
         """Return the complete config of a scale, with dotted overrides applied last.
@@ -75,17 +96,18 @@ class QaExperiment:
         asked = request(self.id, scale, seed, overrides, out_dir)
         wanted = self.config(scale, {"train.seed": seed} | asked.overrides)
         self._check_overrides(asked.overrides)
+        measured = pd.concat(self.rows(asked, retrain), ignore_index=True)
         drawn = QaRun(
             request=asked,
             config=wanted,
             paper=self.config("paper"),
             sources=SOURCES,
-            table=pd.concat(list(self.rows(asked, retrain)), ignore_index=True),
-            context={"metric": wanted.eval.metric},
+            table=pd.DataFrame(measured[list(self.columns)]),
+            context=self.context(wanted),
             title=wanted.base,
             seconds=time.monotonic() - began,
             draw=self.draw,
-            columns=QA_COLUMNS,
+            columns=self.columns,
         )
         drawn.save()
         return drawn
@@ -115,7 +137,10 @@ class QaExperiment:
         if not self.variants:
             wanted, found = self.models(asked, {}, asked.seed, retrain=retrain)
             for i, (seed, model) in enumerate(found.items()):
-                yield self.measure(wanted, model, seed=seed, only=self.again if i else self.series)
+                only = self.again if i else self.series
+                for name, changes in (self.sets or {"": {}}).items():
+                    asks = with_overrides(wanted, changes)
+                    yield self.measure(asks, model, seed=seed, only=only).assign(set=name)
             return
         usual = asked.scale != "smoke" and asked.seed == 0 and not asked.overrides
         seeds = (shipped_seeds(SHIPS, asked.scale) if usual else []) or [asked.seed]
@@ -141,7 +166,8 @@ class QaExperiment:
         return wanted, models(SHIPS, asked.scale, wanted, standard, trained, **how)
 
     def _check_overrides(self, overrides: Changes) -> None:
-        compared = {key for changes in self.variants.values() for key in changes}
+        named = [*self.variants.values(), *self.sets.values()]
+        compared = {key for changes in named for key in changes}
         if compared & set(overrides):
             key = min(compared & set(overrides))
             raise ValueError(f"{self.id} compares values of {key}: it cannot be set beside that")
@@ -158,14 +184,17 @@ class QaRun(Run):
     """A run whose table has one row for each method and number of facts."""
 
     def summary(self) -> pd.DataFrame:
-        """Return one row a method, seeds and numbers of facts averaged."""
+        """Return one row a method (and set), seeds and numbers of facts averaged."""
         shown = ["recall", "f1", "exact", "relative", "context_ratio", "update_s", "update_mib",
                  "generation_s", "generation_mib", "adapter_mib"]  # fmt: skip
         return by_method(self.table, shown).round(4)
 
     def by_facts(self) -> pd.DataFrame:
-        """Return the metric by number of facts (rows) and method (columns)."""
+        """Return the metric by (set and) number of facts (rows) and method (columns)."""
         named = self.table.assign(method=self.table["series"] + " " + self.table["part"].fillna(""))
         return named.pivot_table(
-            index="n_facts", columns="method", values=self.context["metric"], sort=False
+            index=[key for key in ("set", "n_facts") if key in named],
+            columns="method",
+            values=self.context["metric"],
+            sort=False,
         ).round(3)

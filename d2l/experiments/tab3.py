@@ -12,7 +12,7 @@ from ..baselines import (
     without_context,
 )
 from ..data.record import Record
-from ..figures import draw_by_facts
+from ..figures_qa import draw_by_facts
 from .facts import FactRun, measure
 from .qa import QaExperiment
 

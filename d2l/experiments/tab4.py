@@ -1,6 +1,6 @@
 """Table 4: what distilling one document costs, by the number of questions it trains on."""
 
-from ..figures import draw_fig3
+from ..figures_qa import draw_fig3
 from .qa import COMPARED, QaExperiment
 
 TABLE = QaExperiment(

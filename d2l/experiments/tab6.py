@@ -1,6 +1,6 @@
 """Table 6: what the hypernetwork learns from, probabilities of the teacher or tokens."""
 
-from ..figures import draw_by_facts
+from ..figures_qa import draw_by_facts
 from .qa import QaExperiment
 
 TABLE = QaExperiment(

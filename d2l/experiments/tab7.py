@@ -1,6 +1,6 @@
 """Table 7: how many ranks the hypernetwork writes for a chunk."""
 
-from ..figures import draw_by_facts
+from ..figures_qa import draw_by_facts
 from .qa import QaExperiment
 
 TABLE = QaExperiment(

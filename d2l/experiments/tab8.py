@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ..baselines import Method, d2l_with_truncated_context, in_context, without_context
 from ..data.record import Record
-from ..figures import draw_by_facts
+from ..figures_qa import draw_by_facts
 from .facts import FactRun, measure, wrong_document
 from .qa import QaExperiment
 

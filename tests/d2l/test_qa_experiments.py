@@ -8,11 +8,25 @@ import pandas as pd
 import pytest
 from qa_table import METHODS, qa_table
 
-from d2l import artifacts, experiments, figures
+from d2l import artifacts, experiments, figures_qa
 from d2l.baselines import Setting
 from d2l.config import diff, flatten
 from d2l.data.record import Record
-from d2l.experiments import fig1, fig3, fig6, qa, tab3, tab4, tab6, tab7, tab8
+from d2l.experiments import (
+    fig1,
+    fig3,
+    fig5,
+    fig6,
+    fig7,
+    fig8,
+    qa,
+    tab3,
+    tab4,
+    tab6,
+    tab7,
+    tab8,
+    tab11,
+)
 from d2l.experiments.fact_scales import SOURCES
 from d2l.experiments.facts import documents, on_the_way, wrong_document
 from d2l.experiments.qa import QaExperiment, _as_variant
@@ -23,12 +37,16 @@ from d2l.train import read_curve
 ALL = (
     fig1.FIGURE,
     fig3.FIGURE,
+    fig5.FIGURE,
     fig6.FIGURE,
+    fig7.FIGURE,
+    fig8.FIGURE,
     tab3.TABLE,
     tab4.TABLE,
     tab6.TABLE,
     tab7.TABLE,
     tab8.TABLE,
+    tab11.TABLE,
 )
 
 
@@ -73,7 +91,7 @@ def test_compared_models_are_measured_variant_by_variant(monkeypatch, tmp_path) 
         asked.append((wanted.hypernet.lora.rank, seed))
         return qa_table(seeds=(seed,))
 
-    table = QaExperiment("tab7", draw=figures.draw_by_facts, variants=tab7.TABLE.variants,
+    table = QaExperiment("tab7", draw=figures_qa.draw_by_facts, variants=tab7.TABLE.variants,
                          measure=measured)  # fmt: skip
     monkeypatch.setattr(
         qa, "models", lambda *_, **how: dict.fromkeys((0, 1, 2), DocToLoRA.__new__(DocToLoRA))
@@ -180,7 +198,7 @@ def test_variants_that_ship_are_not_trained_again(monkeypatch, scale, ranks) -> 
 def test_lines_by_facts_are_means_over_seeds() -> None:
     methods = {("d2l", "kl"): 0.9, ("d2l", "tokens"): 0.7, ("wrong_document", "kl"): 0.1}
     table = qa_table(methods)
-    drawn = figures.draw_by_facts(table, scale="tiny", title="x", metric="recall")
+    drawn = figures_qa.draw_by_facts(table, scale="tiny", title="x", metric="recall")
     lines = {x.get_label(): list(x.get_ydata()) for x in drawn.axes[0].get_lines()}
     assert lines["D2L: kl"] == pytest.approx([0.895, 0.895])
     assert lines["D2L: tokens"] == pytest.approx([0.695, 0.695])
@@ -193,6 +211,6 @@ def test_a_curve_draws_seeds_and_their_mean() -> None:
         for step, value in ((10, 0.2), (20, 0.8))
     ]
     table = pd.concat(rows, ignore_index=True)
-    drawn = figures.draw_fig6(table, scale="tiny", title="x", metric="recall")
+    drawn = figures_qa.draw_fig6(table, scale="tiny", title="x", metric="recall")
     lines = {x.get_label(): list(x.get_ydata()) for x in drawn.axes[0].get_lines()}
     assert lines["D2L"] == pytest.approx([0.195, 0.795])

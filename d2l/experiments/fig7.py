@@ -1,0 +1,21 @@
+"""Figure 7: figure 3 for numbers, situations and two hops, which stand for DROP, ROPES and 2Wiki.
+
+The hypernetwork is figure 3's, which learned to recall single facts and nothing else.
+"""
+
+from ..figures_qa import draw_fig3
+from .qa import COMPARED, SETS, QaExperiment
+
+FIGURE = QaExperiment(
+    "fig7",
+    draw=draw_fig3,
+    series=(*COMPARED, "selective_context", "cd_oracle", "cd_generated"),
+    sets={name: SETS[name] for name in ("numeric", "situational", "two hops")},
+    changes={
+        "smoke": {"eval.n_facts": (4,)},
+        "tiny": {
+            "eval.n_facts": (8,), "eval.n_docs": (75,), "eval.n_questions": 2, "eval.n_slow": 3,
+        },
+    },
+)  # fmt: skip
+config, run, train = FIGURE.config, FIGURE.run, FIGURE.train

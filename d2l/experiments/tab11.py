@@ -1,0 +1,42 @@
+"""Table 11: what the base answers with the document in its prompt, and how often it declines.
+
+The scores are what all relative results are divided by.  D2L is asked too, for the share of its
+replies that say *unknown*: rightly about what the document does not say, wrongly otherwise.
+"""
+
+import functools
+from collections.abc import Sequence
+
+from ..baselines import Method, d2l_batched, in_context, without_context
+from ..data.record import Record
+from ..figures_qa import draw_tab11
+from .facts import FactRun, measure
+from .qa import SETS, QaExperiment
+
+PAPER = {"recall": 0.8692, "numeric": 0.4541, "situational": 0.7457, "two hops": 0.3387}
+"""F1 of gemma-2-2b-it on SQuAD, DROP, ROPES and 2WikiMultihopQA, which ours stand for."""
+
+
+def methods(wanted: FactRun, records: Sequence[Record]) -> dict[tuple[str, str], Method]:
+    """List the base with the document and without, and D2L."""
+    return {
+        ("base_with_context", ""): in_context,
+        ("d2l", "batched"): d2l_batched,
+        ("base_without_context", ""): without_context,
+    }
+
+
+TABLE = QaExperiment(
+    "tab11",
+    draw=functools.partial(draw_tab11, paper=PAPER),
+    again=("base_with_context", "d2l"),
+    measure=functools.partial(measure, methods=methods),
+    sets=SETS,
+    changes={
+        "smoke": {"eval.n_facts": (4,)},
+        "tiny": {
+            "eval.n_facts": (4, 8, 16), "eval.n_docs": (50,) * 3, "eval.n_questions": 2,
+        },
+    },
+)  # fmt: skip
+config, run, train = TABLE.config, TABLE.run, TABLE.train
