@@ -24,6 +24,8 @@ from .public import load, split_titles
 from .record import Record
 
 Drawn = tuple[Record, Example]
+TRAINING_SETS = ("squad",)
+"""Public sets whose titles are split, so that some may be trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +55,11 @@ def titles_for(name: str, part: Literal["train", "watch", "test"]) -> list[Recor
     """Return the records of a public set whose titles are for training, watching it, or tests.
 
     Sets are split by title, in order of appearance: the last 10 are for tests alone, the 5 before
-    them watch the training.  Raises what `public.load` raises, ValueError for a set without enough
-    titles.
+    them watch the training.  Raises what `public.load` raises, ValueError for another set than
+    `TRAINING_SETS` and for one without enough titles.
     """
+    if name not in TRAINING_SETS:
+        raise ValueError(f"{name} is for tests alone, trained on may be {', '.join(TRAINING_SETS)}")
     rest, test = split_titles(load(name, "validation", drop_bad=True), 10)
     train, watch = split_titles(rest, 5)
     return {"train": train, "watch": watch, "test": test}[part]

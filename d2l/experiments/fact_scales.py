@@ -27,10 +27,12 @@ PAPER = FactRun(
     stream=FactStream(),
     train=TrainConfig(
         steps=80_000, docs_per_step=944, docs_per_micro_batch=14, lr=4e-5, warmup=100, l1=0.1,
-        loss="kl",
+        neftune=5.0, loss="kl",
         eval_every=5000,
     ),
-    eval=FactEval(n_facts=(8,), n_docs=(500,), n_slow=100, cd_queries=(5, 20), metric="f1"),
+    eval=FactEval(
+        n_docs=(500,), n_questions=1, n_slow=100, cd_queries=(5, 20), metric="f1", public="squad"
+    ),
 )  # fmt: skip
 
 SOURCES = {
@@ -47,6 +49,7 @@ SOURCES = {
     "train.lr": "published script",
     "train.warmup": "published script",
     "train.l1": "published script",
+    "train.neftune": "published default",
     "train.loss": "section 3.1",
     "eval.n_docs": "published evaluation script",
     "eval.cd_epochs": "published script",
@@ -99,11 +102,12 @@ _SMALL = {
     "chunk": ChunkConfig(max_tok=512, min_tok=8),
     "stream": FactStream(max_facts=8, queries_per_doc=4, mix={"squad": 0.4}),
     "train": TrainConfig(
-        steps=1500, docs_per_step=64, docs_per_micro_batch=64, lr=1e-3, betas=(0.9, 0.98),
-        warmup=50, curriculum=250, curriculum_exact=0.3, eval_every=250,
+        steps=540, docs_per_step=64, docs_per_micro_batch=64, lr=1e-3, betas=(0.9, 0.98),
+        warmup=50, curriculum=250, curriculum_exact=0.3, eval_every=270, checkpoint_every=10**6,
     ),
     "eval": FactEval(
-        n_facts=(1, 4, 8), n_docs=(20,) * 3, n_slow=2, max_new_tokens=32, metric="recall"
+        n_facts=(1, 4, 8), n_docs=(20,) * 3, n_questions=2, n_slow=1, n_metered=1, rates=(0.5,),
+        cd_queries=(5,), cd_epochs=30, cd_lr=1e-3, max_new_tokens=32, metric="recall",
     ),
 }  # fmt: skip
 

@@ -41,7 +41,14 @@ from ..chunking import PUBLISHED_CHUNK_PROBS
 from ..config import ChunkConfig, HypernetConfig
 from ..data.encyclopedia import LEXICONS, EncyclopediaGenerator
 from ..data.example import Example
-from ..data.fact_training import FactPool, FactStream, FactTraining, titles_for
+from ..data.fact_training import (
+    TRAINING_SETS,
+    FactPool,
+    FactStream,
+    FactTraining,
+    titles_for,
+)
+from ..data.public import load
 from ..data.record import Record
 from ..lm.base import LanguageModel
 from ..meter import Meter
@@ -63,7 +70,9 @@ class FactEval:
     ``metric`` is what ``relative`` compares (the paper: F1, recall for verbose models).  Slow
     methods (distillation) see the first ``n_slow`` documents only; memory is counted on the first
     ``n_metered``.  ``kinds`` of questions take turns.  ``rivals`` of the documents is that of the
-    training stream where it is None.
+    training stream where it is None.  ``public`` names a public set that is asked about instead
+    (of SQuAD the titles held out for tests), in as many documents as ``n_docs`` first says; their
+    number of facts counts as 0.
     """
 
     n_facts: tuple[int, ...] = (8,)
@@ -78,6 +87,7 @@ class FactEval:
     metric: Metric = "f1"
     kinds: tuple[str, ...] = ("recall",)
     rivals: bool | None = None
+    public: str = ""
     forms: str = "test"
     max_new_tokens: int = 16
     seed: int = 4321
@@ -150,8 +160,13 @@ def quick_scores(
 
 
 def documents(wanted: FactRun, n_facts: int, n: int, *, shift: int = 0) -> list[Record]:
-    """Draw held-out documents: names of the test split, in the forms that the config names."""
+    """Draw held-out documents: names of the test split, in the forms that the config names.
+
+    Raises what `d2l.data.public.load` raises where they are those of a public set.
+    """
     e = wanted.eval
+    if e.public:
+        return public_documents(e.public, n, e.n_questions, e.seed + shift)
     generator = EncyclopediaGenerator(
         "test",
         vocabulary=wanted.stream.vocabulary,
@@ -164,6 +179,22 @@ def documents(wanted: FactRun, n_facts: int, n: int, *, shift: int = 0) -> list[
     rng = random.Random(f"held-out/{e.seed + shift}/{n_facts}")
     n_questions = min(e.n_questions, n_facts)
     return [generator.sample(rng, n_facts, n_questions, e.kinds) for _ in range(n)]
+
+
+def public_documents(name: str, n: int, n_questions: int, seed: int) -> list[Record]:
+    """Draw documents of a public set, each with up to ``n_questions`` of its questions.
+
+    Of a set that training may see, only the titles held out for tests.
+    """
+    found = titles_for(name, "test") if name in TRAINING_SETS else load(name, "validation")
+    rng = random.Random(f"{name}/{seed}")
+    return [
+        dataclasses.replace(
+            record,
+            questions=tuple(rng.sample(record.questions, min(n_questions, len(record.questions)))),
+        )
+        for record in rng.sample(found, min(n, len(found)))
+    ]
 
 
 def on_the_way(wanted: FactRun) -> dict[str, list[Record]]:
@@ -261,7 +292,12 @@ def measure(
     base, rows = model.base, []
     none = LEXICONS[wanted.stream.vocabulary].unknown
     short = dataclasses.replace(wanted, eval=dataclasses.replace(wanted.eval, cd_epochs=2))
-    for n_facts, n_docs in zip(wanted.eval.n_facts, wanted.eval.n_docs, strict=True):
+    counts = (
+        [(0, wanted.eval.n_docs[0])]
+        if wanted.eval.public
+        else zip(wanted.eval.n_facts, wanted.eval.n_docs, strict=True)
+    )
+    for n_facts, n_docs in counts:
         records = documents(wanted, n_facts, n_docs)
         ask = asker(wanted, records) if wanted.base in FROM_SCRATCH else None
         chosen, brief = methods(wanted, records), methods(short, records)

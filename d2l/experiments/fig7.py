@@ -4,14 +4,16 @@ The hypernetwork is figure 3's, which learned to recall single facts and nothing
 """
 
 from ..figures_qa import draw_fig3
-from .qa import COMPARED, SETS, QaExperiment
+from .qa import COMPARED, PUBLIC, SETS, QaExperiment
 
 FIGURE = QaExperiment(
     "fig7",
     draw=draw_fig3,
     series=(*COMPARED, "selective_context", "cd_oracle", "cd_generated"),
     sets={name: SETS[name] for name in ("numeric", "situational", "two hops")},
+    public=PUBLIC,
     changes={
+        "small": {"eval.n_docs": (60,), "eval.n_questions": 1, "eval.rates": (0.5,)},
         "smoke": {"eval.n_facts": (4,)},
         "tiny": {
             "eval.n_facts": (8,), "eval.n_docs": (75,), "eval.n_questions": 2, "eval.n_slow": 3,

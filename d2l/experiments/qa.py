@@ -37,6 +37,13 @@ SETS: dict[str, Changes] = {
     "unanswerable": {"eval.kinds": ("unanswerable",)},
 }
 """Sets of questions; numbers are compared, so two entities of one type have them (*rivals*)."""
+PUBLIC: dict[str, Changes] = {
+    "SQuAD": {"eval.public": "squad"},
+    "DROP": {"eval.public": "drop"},
+    "ROPES": {"eval.public": "ropes"},
+}
+"""Public sets, which a pretrained base can be asked about."""
+PRETRAINED = ("small", "paper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +54,8 @@ class QaExperiment:
     changed, and becomes the ``part`` of series *d2l*.  Without variants the methods of ``series``
     (None: all) are asked with the weights that ship, those of ``again`` with every training seed.
     At most ``most_seeds`` training seeds are compared.  ``sets`` of questions, each a change to the
-    evaluation, are asked one after another.  ``changes`` are made to the recipe of a scale first,
-    as a rule to its evaluation.
+    evaluation, are asked one after another; those of ``public`` instead at scales with a pretrained
+    base.  ``changes`` are made to the recipe of a scale first, as a rule to its evaluation.
     """
 
     id: str
@@ -56,6 +63,7 @@ class QaExperiment:
     series: tuple[str, ...] | None = None
     variants: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
     sets: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
+    public: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
     changes: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
     again: tuple[str, ...] = AGAIN
     most_seeds: int = 3
@@ -65,6 +73,10 @@ class QaExperiment:
     def columns(self) -> tuple[str, ...]:
         """The columns of its table."""
         return SET_COLUMNS if self.sets else QA_COLUMNS
+
+    def sets_at(self, scale: str) -> Mapping[str, Changes]:
+        """Return the sets of questions of a scale, one without a name where there are none."""
+        return (self.public if scale in PRETRAINED else self.sets) or {"": {}}
 
     def context(self, wanted: FactRun) -> dict[str, Any]:
         """Return what the claims and the picture refer to."""
@@ -138,7 +150,7 @@ class QaExperiment:
             wanted, found = self.models(asked, {}, asked.seed, retrain=retrain)
             for i, (seed, model) in enumerate(found.items()):
                 only = self.again if i else self.series
-                for name, changes in (self.sets or {"": {}}).items():
+                for name, changes in self.sets_at(asked.scale).items():
                     asks = with_overrides(wanted, changes)
                     yield self.measure(asks, model, seed=seed, only=only).assign(set=name)
             return
@@ -166,7 +178,7 @@ class QaExperiment:
         return wanted, models(SHIPS, asked.scale, wanted, standard, trained, **how)
 
     def _check_overrides(self, overrides: Changes) -> None:
-        named = [*self.variants.values(), *self.sets.values()]
+        named = [*self.variants.values(), *self.sets.values(), *self.public.values()]
         compared = {key for changes in named for key in changes}
         if compared & set(overrides):
             key = min(compared & set(overrides))

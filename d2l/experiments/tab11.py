@@ -11,10 +11,11 @@ from ..baselines import Method, d2l_batched, in_context, without_context
 from ..data.record import Record
 from ..figures_qa import draw_tab11
 from .facts import FactRun, measure
-from .qa import SETS, QaExperiment
+from .qa import PUBLIC, SETS, QaExperiment
 
 PAPER = {"recall": 0.8692, "numeric": 0.4541, "situational": 0.7457, "two hops": 0.3387}
-"""F1 of gemma-2-2b-it on SQuAD, DROP, ROPES and 2WikiMultihopQA, which ours stand for."""
+PAPER |= {"SQuAD": PAPER["recall"], "DROP": PAPER["numeric"], "ROPES": PAPER["situational"]}
+"""F1 of gemma-2-2b-it on SQuAD, DROP, ROPES and 2WikiMultihopQA, and what stands for them."""
 
 
 def methods(wanted: FactRun, records: Sequence[Record]) -> dict[tuple[str, str], Method]:
@@ -32,6 +33,7 @@ TABLE = QaExperiment(
     again=("base_with_context", "d2l"),
     measure=functools.partial(measure, methods=methods),
     sets=SETS,
+    public={"recall": {"eval.public": ""}, **PUBLIC},
     changes={
         "smoke": {"eval.n_facts": (4,)},
         "tiny": {
