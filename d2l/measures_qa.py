@@ -111,6 +111,24 @@ def qa_difference(
     return Measurement(ours - theirs, note)
 
 
+@measure
+def qa_gap(
+    table: pd.DataFrame, context: Mapping[str, Any], *, series: str, part: str = ""
+) -> Measurement:
+    """Return the share of the base's gain from reading the document that a method reaches (recall).
+
+    Raises NotTestable where reading gains the base less than 0.1.
+    """
+    low, high = (cell(table, "recall", f"base_{x}_context") for x in ("without", "with"))
+    if high - low < 0.1:
+        raise NotTestable(f"the base answers {low:.3g} without the document and {high:.3g} with it")
+    ours = cell(table, "recall", series, part)
+    note = (
+        f"recall {low:.3g} without, {high:.3g} with the document, {_name(series, part)} {ours:.3g}"
+    )
+    return Measurement((ours - low) / (high - low), note)
+
+
 def by_method(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """Average ``columns`` over seeds and numbers of facts; one row a method (and set), in order."""
     keyed = table.assign(part=table["part"].fillna("").astype(str))

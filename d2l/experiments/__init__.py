@@ -66,6 +66,7 @@ EXPERIMENTS = {
             cost={
                 "smoke": "half a minute",
                 "tiny": "17 min from the shipped hypernetwork",
+                "small": "half an hour from the shipped hypernetwork",
                 "paper": "one GPU; training took the authors 5 days on 8 H200",
             },
             module="d2l.experiments.fig3",
@@ -77,6 +78,7 @@ EXPERIMENTS = {
             cost={
                 "smoke": "half a minute",
                 "tiny": "seconds, from the results of fig3",
+                "small": "seconds, from the results of fig3",
                 "paper": "seconds, from the results of fig3",
             },
             module="d2l.experiments.fig1",
@@ -103,7 +105,12 @@ EXPERIMENTS = {
             id="fig7",
             title="Answering about numbers, situations and two hops",
             default_scale="tiny",
-            cost={"smoke": "half a minute", "tiny": "8 min", "paper": "one GPU"},
+            cost={
+                "smoke": "half a minute",
+                "tiny": "8 min",
+                "small": "half an hour; needs the public sets",
+                "paper": "one GPU",
+            },
             module="d2l.experiments.fig7",
         ),
         Experiment(

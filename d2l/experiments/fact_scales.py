@@ -103,10 +103,10 @@ _SMALL = {
     "stream": FactStream(max_facts=8, queries_per_doc=4, mix={"squad": 0.4}),
     "train": TrainConfig(
         steps=540, docs_per_step=64, docs_per_micro_batch=64, lr=1e-3, betas=(0.9, 0.98),
-        warmup=50, curriculum=250, curriculum_exact=0.3, eval_every=270, checkpoint_every=10**6,
+        warmup=50, curriculum=250, curriculum_exact=0.3, eval_every=270,
     ),
     "eval": FactEval(
-        n_facts=(1, 4, 8), n_docs=(20,) * 3, n_questions=2, n_slow=1, n_metered=1, rates=(0.5,),
+        n_facts=(1, 4, 8), n_docs=(16,) * 3, n_questions=2, n_slow=1, n_metered=1, rates=(0.5,),
         cd_queries=(5,), cd_epochs=30, cd_lr=1e-3, max_new_tokens=32, metric="recall",
     ),
 }  # fmt: skip

@@ -336,6 +336,11 @@ def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
     last = {k: v for row in curve for k, v in row.items()}
     n_params = sum(p.numel() for p in model.hypernet.parameters())
     s, t = wanted.stream, wanted.train
+    level = last["level"]
+    mixed = "".join(
+        f"\n  Mixed with passages of {name}, weight {weight:g} against 1 (its titles for training)."
+        for name, weight in s.mix.items()
+    )
     return f"""# Fact hypernetwork for {wanted.base} ({which}, seed {t.seed})
 
 Turns a document of the invented encyclopedia into LoRA factors for
@@ -346,11 +351,11 @@ questions about it without having it in its context.
 - Base fingerprint: `{model.base.fingerprint}`. Another base is refused or warned about.
 - Data: generated, stream seed {t.seed}; {curve[-1]["step"]:.0f} of {t.steps} steps of
   {t.docs_per_step} documents of 1 to {s.max_facts} facts, {s.queries_per_doc} questions each,
-  vocabulary {s.vocabulary}, loss {t.loss}; the curriculum ended at level {last["level"]:.2f}.
+  vocabulary {s.vocabulary}, loss {t.loss}; the curriculum ended at level {level:.2f}.{mixed}
 - Everything else: `config.json`. Training curve: `curve.csv`. Make it again:
   `just train {which} --seed {t.seed}`.
 
-Held-out documents of {s.max_facts} facts at the last step, recall of the answer: right document
+Held-out documents of {s.max_facts} facts when last watched, recall of the answer: right document
 {last.get("held_out", math.nan):.2f}, another document's adapter
 {last.get("held_out_wrong", math.nan):.2f}.  The full
 evaluation is in `results/`.

@@ -13,7 +13,9 @@ FIGURE = QaExperiment(
     sets={name: SETS[name] for name in ("numeric", "situational", "two hops")},
     public=PUBLIC,
     changes={
-        "small": {"eval.n_docs": (60,), "eval.n_questions": 1, "eval.rates": (0.5,)},
+        "small": {
+            "eval.n_docs": (60,), "eval.n_questions": 1, "eval.rates": (), "eval.n_slow": 0,
+        },
         "smoke": {"eval.n_facts": (4,)},
         "tiny": {
             "eval.n_facts": (8,), "eval.n_docs": (75,), "eval.n_questions": 2, "eval.n_slow": 3,

@@ -1,7 +1,8 @@
 """The page on the kernels: their error by dtype, their speed by size, and a GPU's floor on paper.
 
 Errors are measured when the page runs, speed is read from ``kernels/bench/results.csv``, which
-`just bench kernels` writes, and the floors are arithmetic (what an H200 took stands in kernels/README.md).
+`just bench kernels` writes, and the floors are arithmetic; what an H200
+took stands in kernels/README.md.
 """
 
 from __future__ import annotations
