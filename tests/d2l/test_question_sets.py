@@ -227,6 +227,9 @@ def test_words_are_those_of_the_model_with_the_document_or_the_question(tmp_path
     run = fig8.run("tiny", out_dir=str(tmp_path))
     assert list(run.table["series"]) == ["d2l", "d2l_swapped", "document_alone"] * 3
     assert list(run.table["n_facts"].drop_duplicates()) == [1, 4, 8]
+    f1 = run.table.groupby("series")["f1"].mean()
+    assert f1["d2l"] == 1.0
+    assert f1["d2l_swapped"] < 0.5, "the question is no document"
     written = artifacts.read_csv(tmp_path / "data.csv")
     assert list(written["reply"]) == list(run.table["reply"])
     assert written["document"][8] == run.table["document"][8]
