@@ -10,10 +10,11 @@ from qa_table import METHODS, qa_table
 
 from d2l import artifacts, claims, figures_data, figures_qa
 from d2l.config import with_overrides
+from d2l.data.fact_training import FactTraining
 from d2l.experiments import fig3, fig5, fig7, fig8, qa, tab11
 from d2l.experiments.facts import _relative, documents, measure
 from d2l.experiments.qa import SETS, QaExperiment
-from d2l.experiments.shipped import load_shipped
+from d2l.experiments.shipped import load, load_shipped
 from d2l.measures import MEASURES, NotTestable
 from d2l.measures_qa import by_method
 from d2l.model import DocToLoRA
@@ -179,7 +180,12 @@ def test_lengths_are_those_of_the_training_stream(tmp_path) -> None:
     assert tuple(artifacts.read_csv(tmp_path / "data.csv").columns) == artifacts.LENGTH_COLUMNS
     counted = run.table.groupby("what")["n"].sum()
     assert counted["document"] == run.config.train.docs_per_step
-    assert counted["question and answer"] > counted["document"]
+    wanted = run.config
+    stream = FactTraining(load(wanted).tokenizer, wanted.stream, wanted.chunk, 0)
+    asked = [q for e in stream.batch(0, wanted.train.docs_per_step) for q in e.queries]
+    assert counted["question and answer"] == len(asked)
+    lengths = run.table[run.table["what"] == "question and answer"]["n_tok"]
+    assert set(lengths) == {len(q.prompt) + len(q.answer) for q in asked}
     assert set(run.check()["verdict"]) == {"not testable at this scale"}
     assert len(run.figure().axes) == 2
     with pytest.raises(ValueError, match="nothing to train"):
@@ -221,6 +227,9 @@ def test_words_are_those_of_the_model_with_the_document_or_the_question(tmp_path
     run = fig8.run("tiny", out_dir=str(tmp_path))
     assert list(run.table["series"]) == ["d2l", "d2l_swapped", "document_alone"] * 3
     assert list(run.table["n_facts"].drop_duplicates()) == [1, 4, 8]
+    f1 = run.table.groupby("series")["f1"].mean()
+    assert f1["d2l"] == 1.0
+    assert f1["d2l_swapped"] < 0.5, "the question is no document"
     written = artifacts.read_csv(tmp_path / "data.csv")
     assert list(written["reply"]) == list(run.table["reply"])
     assert written["document"][8] == run.table["document"][8]
