@@ -134,9 +134,8 @@ class Hypernet(nn.Module):
             said = d_model // 2 if config.encoder.next_token and config.d_copy else 0
             if set(targets.d_out.values()) != {said}:
                 raise ValueError(
-                    "say_next needs d_copy, next_token and targets as wide as an embedding, got "
-                    f"d_copy {config.d_copy}, next_token {config.encoder.next_token} and widths "
-                    f"{targets.d_out}"
+                    "say_next needs d_copy, next_token and targets as wide as an embedding, not "
+                    f"{targets.d_out}, {config}"
                 )
         L, M, r = len(targets.layers), len(targets.modules), config.lora.rank
         d = config.perceiver.d_latent

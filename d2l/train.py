@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from d2l_kernels import topk_distill
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -84,13 +84,9 @@ class Objective(nn.Module):
         """
         model: DocToLoRA = self.__dict__["model"]
         loras = self.adapters(batch)
+        noise = self.config.neftune if self.training else 0.0
         per_token, hits = answer_loss(
-            model.base,
-            batch,
-            loras,
-            self.config.loss,
-            training=self.training,
-            neftune=self.config.neftune if self.training else 0.0,
+            model.base, batch, loras, self.config.loss, training=self.training, neftune=noise
         )
         counts = [len(q.answer) for q in batch.queries]
         denominator = n_docs if self.config.averaging == "per_ctx" else n_labels
@@ -132,7 +128,11 @@ def answer_loss(
     doc_of_row = [d for d, n in enumerate(batch.queries_per_doc) for _ in range(n)]
     with applied(lm, route_rows(loras, doc_of_row, training=training)):
         decoder, _ = decoder_of(lm)
-        inputs = {"input_ids": ids} if not neftune else {"inputs_embeds": noisy(lm, ids, neftune)}
+        inputs = {"input_ids": ids}
+        if neftune:
+            embedded = lm.get_input_embeddings()(ids)
+            most = neftune / math.sqrt(embedded[0].numel())
+            inputs = {"inputs_embeds": embedded + torch.empty_like(embedded).uniform_(-most, most)}
         hidden = decoder(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
     at, target = shift(labels)
     rows = hidden.flatten(0, 1)[at]
@@ -143,13 +143,6 @@ def answer_loss(
     query = torch.repeat_interleave(counts, output_size=len(best))
     missed = torch.zeros_like(counts).index_add_(0, query, (best != target).long())
     return per_token, missed == 0
-
-
-def noisy(lm: Any, ids: Int[Tensor, "row seq"], alpha: float) -> Float[Tensor, "row seq d_model"]:
-    """Embed ``ids`` with uniform noise of at most ``alpha / sqrt(seq d_model)``."""
-    embedded = lm.get_input_embeddings()(ids)
-    most = alpha / math.sqrt(embedded.shape[1] * embedded.shape[2])
-    return embedded + torch.empty_like(embedded).uniform_(-most, most)
 
 
 def _targets(batch: Batch, target: Tensor, kind: str) -> tuple[Tensor, Tensor]:

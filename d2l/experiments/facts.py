@@ -68,8 +68,8 @@ class FactEval:
     """Held-out documents: how many of each number of facts, and how each method is asked.
 
     ``metric`` is what ``relative`` compares (the paper: F1, recall for verbose models).  Slow
-    methods (distillation) see the first ``n_slow`` documents only; memory is counted on the first
-    ``n_metered``.  ``kinds`` of questions take turns.  ``rivals`` of the documents is that of the
+    methods (distillation) see the first ``n_slow`` documents only, other alternatives than the base
+    and D2L the first ``n_alternatives`` (None: all); memory is counted on the first ``n_metered``.  ``kinds`` of questions take turns.  ``rivals`` of the documents is that of the
     training stream where it is None.  ``public`` names a public set that is asked about instead
     (of SQuAD the titles held out for tests), in as many documents as ``n_docs`` first says; their
     number of facts counts as 0.
@@ -79,6 +79,7 @@ class FactEval:
     n_docs: tuple[int, ...] = (50,)
     n_questions: int = 4
     n_slow: int = 5
+    n_alternatives: int | None = None
     n_metered: int = 2
     rates: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
     cd_queries: tuple[int, ...] = (20,)
@@ -305,7 +306,9 @@ def measure(
         reference: dict[str, list[QaScore]] = {}
         for series, part in tqdm(picked, desc=f"{n_facts} facts", unit="method"):
             slow = series.startswith("cd_")
-            asked = records[: wanted.eval.n_slow] if slow else records
+            main = series.startswith("base_") or series in ("d2l", "wrong_document")
+            seen = wanted.eval.n_slow if slow else None if main else wanted.eval.n_alternatives
+            asked = records[:seen]
             half = max(1, len(base.tokenizer(asked[0].document).input_ids) // 2)
             setting = Setting(
                 base,
