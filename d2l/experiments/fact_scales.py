@@ -106,8 +106,9 @@ _SMALL = {
         warmup=50, curriculum=250, curriculum_exact=0.3, eval_every=270,
     ),
     "eval": FactEval(
-        n_facts=(1, 4, 8), n_docs=(16,) * 3, n_questions=2, n_slow=1, n_alternatives=4, n_metered=1, rates=(0.5,),
-        cd_queries=(5,), cd_epochs=30, cd_lr=1e-3, max_new_tokens=32, metric="recall",
+        n_facts=(1, 4, 8), n_docs=(16,) * 3, n_questions=2, n_slow=1, n_alternatives=4,
+        n_metered=1, rates=(0.5,), cd_queries=(5,), cd_epochs=30, cd_lr=1e-3,
+        max_new_tokens=32, metric="recall",
     ),
 }  # fmt: skip
 

@@ -69,10 +69,11 @@ class FactEval:
 
     ``metric`` is what ``relative`` compares (the paper: F1, recall for verbose models).  Slow
     methods (distillation) see the first ``n_slow`` documents only, other alternatives than the base
-    and D2L the first ``n_alternatives`` (None: all); memory is counted on the first ``n_metered``.  ``kinds`` of questions take turns.  ``rivals`` of the documents is that of the
-    training stream where it is None.  ``public`` names a public set that is asked about instead
-    (of SQuAD the titles held out for tests), in as many documents as ``n_docs`` first says; their
-    number of facts counts as 0.
+    and D2L the first ``n_alternatives`` (None: all); memory is counted on the first ``n_metered``.
+    ``kinds`` of questions take turns.  ``rivals`` of the documents is that of the training stream
+    where it is None.  ``public`` names a public set that is asked about instead (of SQuAD the
+    titles held out for tests), in as many documents as ``n_docs`` first says; their number of facts
+    counts as 0.
     """
 
     n_facts: tuple[int, ...] = (8,)

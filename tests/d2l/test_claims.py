@@ -180,3 +180,14 @@ def test_f1_kept_is_precision_seen_through_recall():
     assert kept(table, {}, series="x").value == pytest.approx(0.2)
     with pytest.raises(claims.NotTestable, match="recall of silent"):
         kept(table, {}, series="silent")
+
+
+def test_the_gap_that_a_method_closes():
+    from qa_table import qa_table
+
+    rows = {("base_without_context", ""): 0.1, ("base_with_context", ""): 0.5, ("d2l", "x"): 0.2}
+    gap = claims.MEASURES["qa_gap"]
+    assert gap(qa_table(rows, seeds=(0,)), {}, series="d2l", part="x").value == pytest.approx(0.25)
+    idle = rows | {("base_with_context", ""): 0.15}
+    with pytest.raises(claims.NotTestable, match=r"0\.1 without the document and 0\.15 with it"):
+        gap(qa_table(idle, seeds=(0,)), {}, series="d2l", part="x")

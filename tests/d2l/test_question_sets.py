@@ -9,14 +9,17 @@ import pytest
 from qa_table import METHODS, qa_table
 
 from d2l import artifacts, claims, figures_data, figures_qa
+from d2l.baselines.setting import reply_to
 from d2l.config import with_overrides
 from d2l.data.fact_training import FactTraining
-from d2l.experiments import fig3, fig5, fig7, fig8, qa, tab11
+from d2l.data.record import Question, Record
+from d2l.experiments import facts, fig3, fig5, fig7, fig8, qa, tab11
 from d2l.experiments.facts import _relative, documents, measure
-from d2l.experiments.qa import SETS, QaExperiment
+from d2l.experiments.qa import PUBLIC, SETS, QaExperiment
 from d2l.experiments.shipped import load, load_shipped
 from d2l.measures import MEASURES, NotTestable
 from d2l.measures_qa import by_method
+from d2l.meter import Meter
 from d2l.model import DocToLoRA
 from d2l.qa_metrics import QaScore
 
@@ -249,3 +252,39 @@ def test_a_long_reply_is_wrapped() -> None:
     texts = [t.get_text() for t in drawn.axes[0].texts]
     assert "(nothing)" in texts
     assert max(map(len, texts)) <= 56
+
+
+def test_a_pretrained_base_is_asked_about_public_sets(monkeypatch) -> None:
+    drawn = {
+        "test": [Record(f"the answer is {i}.", (Question("what?", (f"{i}",)),)) for i in range(20)],
+        "whole": [Record("b and c.", tuple(Question(a, (a,)) for a in "bc"))],
+    }
+    monkeypatch.setattr(facts, "titles_for", lambda name, part: drawn[part])
+    monkeypatch.setattr(facts, "load", lambda *_: drawn["whole"])
+    assert fig7.FIGURE.sets_at("small") == PUBLIC
+    assert set(fig7.FIGURE.sets_at("tiny")) == set(fig7.FIGURE.sets)
+    asked = {
+        name: documents(with_overrides(fig7.config("small"), changes), 0, 9)
+        for name, changes in PUBLIC.items()
+    }
+    assert len(asked["SQuAD"]) == 9
+    assert set(asked["SQuAD"]) <= set(drawn["test"])
+    assert [len(r.questions) for r in asked["DROP"]] == [1]
+
+
+def test_alternatives_may_see_fewer_documents_than_the_base_and_d2l(monkeypatch) -> None:
+    def method(setting, document, questions):
+        return [reply_to(setting, document, q, Meter()) for q in questions]
+
+    wanted = fig3.config("tiny", {"eval.n_docs": (3,), "eval.n_facts": (2,), "eval.n_slow": 1,
+                                  "eval.n_questions": 1, "eval.n_alternatives": 2})  # fmt: skip
+    series = ("base_with_context", "d2l", "wrong_document", "retrieved", "cd_oracle")
+    table = measure(
+        wanted,
+        load_shipped("fig3", {0: fig3.config("tiny")}, "tiny")[0],
+        seed=0,
+        methods=lambda *_: {(name, ""): method for name in series},
+    )
+    assert dict(zip(table["series"], table["n_docs"], strict=True)) == dict(
+        zip(series, (3, 3, 3, 2, 1), strict=True)
+    )
