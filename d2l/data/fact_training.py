@@ -63,9 +63,12 @@ class FactTraining:
 
     def batch(self, step: int, n_docs: int, level: float = 1.0) -> list[Example]:
         """Return ``records`` as training examples."""
+        return self.examples(self.records(step, n_docs, level), step, level)
+
+    def examples(self, records: list[Record], step: int, level: float = 1.0) -> list[Example]:
+        """Return the training examples of a step whose ``records`` are there already."""
         rng = random.Random(f"cut/{self.seed}/{step}")
         cut = self.stream.cut_share if level >= 1.0 else 0.0
-        records = self.records(step, n_docs, level)
         return [
             fact_example(self._tokenizer, r, self.chunk, rng if rng.random() < cut else None)
             for r in records

@@ -45,7 +45,8 @@ from ..lm.base import LanguageModel
 from ..meter import Meter
 from ..model import DocToLoRA
 from ..qa_metrics import QaScore, score
-from ..teacher import HfTeacher, taught
+from ..teacher import HfTeacher
+from ..teaching import taught
 from ..train import TrainConfig
 from ..train import train as fit
 from .shipped import FROM_SCRATCH, Curve, fresh
@@ -104,9 +105,9 @@ def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
         return {"held_out": own, "held_out_wrong": wrong}
 
     def examples(step: int, level: float) -> list[Example]:
-        drawn = step, wanted.train.docs_per_step, level
-        batch = stream.batch(*drawn)
-        return batch if teacher is None else taught(batch, stream.records(*drawn), teacher)
+        records = stream.records(step, wanted.train.docs_per_step, level)
+        batch = stream.examples(records, step, level)
+        return batch if teacher is None else taught(batch, records, teacher)
 
     fit(model, examples, wanted.train, folder, evaluate=held_out)
     return model

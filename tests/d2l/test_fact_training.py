@@ -5,7 +5,8 @@ import pytest
 from d2l.config import ChunkConfig
 from d2l.data.fact_training import FactStream, FactTraining
 from d2l.lm.base import load_base, render_chat
-from d2l.teacher import HfTeacher, taught
+from d2l.teacher import HfTeacher
+from d2l.teaching import taught
 
 
 @pytest.fixture(scope="module")
