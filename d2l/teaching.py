@@ -140,7 +140,8 @@ def _read(
     lengths = [len(expected[i]) for i in asked]
     both = (x.split(lengths) for x in (best.values, best.indices))
     for i, values, indices in zip(asked, *both, strict=True):
-        yield i, *(tuple(map(tuple, x.tolist())) for x in (values, indices))
+        logprob, idx = (tuple(map(tuple, x.tolist())) for x in (values, indices))
+        yield i, logprob, idx
 
 
 def _branches(turns: Int[Tensor, "row pos"], dtype: torch.dtype) -> Float[Tensor, "row 1 pos pos"]:
