@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from typing import Any
+import re
+from typing import Any, Literal
 
 from ..chunking import fewest_chunks, sample_chunks, split
 from ..config import ChunkConfig
@@ -15,7 +16,7 @@ from ..lm.base import chat_affixes, render_chat
 from .encyclopedia import EncyclopediaGenerator
 from .example import Example, Query
 from .needle_training import end_of_turn
-from .record import Record
+from .record import Question, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,9 @@ class FactStream:
 
     ``kinds`` take turns in every second document once the level is above a half; before, and in the
     other documents, questions recall single facts.  ``cut_share`` of the documents are cut into
-    several chunks when ``cut_share`` is above 0 (stage 2 of the paper's training).
+    several chunks when ``cut_share`` is above 0 (stage 2 of the paper's training).  Queries are
+    ``questions``, or ``sentences`` of the document that leave out the answer (see `gaps`); the
+    documents are the same.
     """
 
     vocabulary: str = "open"
@@ -37,6 +40,7 @@ class FactStream:
     words: str = "seen"
     forms: str = "train"
     cut_share: float = 0.0
+    queries: Literal["questions", "sentences"] = "questions"
 
 
 class FactTraining:
@@ -80,7 +84,31 @@ class FactTraining:
         n_facts = most if rng.random() < 0.5 else rng.randint(1, most)
         kinds = s.kinds if level > 0.5 and i % 2 else ("recall",)
         n_questions = min(s.queries_per_doc, n_facts)
-        return self._generator.sample(rng, n_facts, n_questions, kinds)
+        record = self._generator.sample(rng, n_facts, n_questions, kinds)
+        return gaps(record, n_questions, rng) if s.queries == "sentences" else record
+
+
+def gaps(record: Record, n: int, rng: random.Random) -> Record:
+    """Ask for what up to ``n`` sentences of the document leave out, instead of questions.
+
+    A sentence that does not name what it is about, or says its value elsewhere too, is not used;
+    a record without any other keeps its questions.
+
+    >>> from d2l.data.record import Fact
+    >>> fact = Fact("Ada Lin", "pet", "goat", "pet0", "Ada Lin keeps a goat.")
+    >>> record = Record(fact.text, (Question("What does Ada Lin keep?", ("goat",)),), (fact,))
+    >>> gaps(record, 1, random.Random(0)).questions[0].text
+    'Ada Lin keeps a .'
+    """
+    parted = [
+        (i, f, re.split(rf"\b{re.escape(f.value)}\b", f.text)) for i, f in enumerate(record.facts)
+    ]
+    usable = [row for row in parted if row[1].entity in row[1].text and len(row[2]) == 2]
+    asked = tuple(
+        Question("".join(around).strip(), (fact.value,), "gap", (i,), fact.form)
+        for i, fact, around in rng.sample(usable, min(n, len(usable)))
+    )
+    return dataclasses.replace(record, questions=asked or record.questions)
 
 
 def fact_example(
