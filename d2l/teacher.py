@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -15,11 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .data.example import Example, Query
-from .data.record import Record
-from .lm.base import KNOWN_BASES, LanguageModel, load_base, render_chat
-
-TOP_K, MAX_ANSWER_TOK = 16, 32
+from .lm.base import KNOWN_BASES, LanguageModel, load_base
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ class HfTeacher:
             pad_token_id=pad,
             logits_processor=[recorder] if k else [],
         )
-        stops = _stop_ids(model, self.tokenizer)
+        stops = stop_ids(model, self.tokenizer)
         replies = []
         for row, new in enumerate(out[:, width:].tolist()):
             end = next((i + 1 for i, token in enumerate(new) if token in stops), None)
@@ -173,26 +168,8 @@ def check_finite(taught: Taught, about: str) -> None:
         )
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
+def stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Return the ids of the tokens that end a reply."""
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
-
-
-def taught(
-    examples: Sequence[Example], records: Sequence[Record], teacher: Teacher
-) -> list[Example]:
-    """Replace the answers by those of a teacher that reads the document, with its top 16."""
-    texts = [f"{r.document}\n\n{q.text}" for r in records for q in r.questions]
-    prompts = [render_chat(teacher.tokenizer, text) for text in texts]
-    replies = iter(teacher.reply(prompts, MAX_ANSWER_TOK, TOP_K))
-    return [
-        dataclasses.replace(
-            e,
-            queries=tuple(
-                Query(q.prompt, reply.ids, reply.logprob, reply.idx)
-                for q, reply in zip(e.queries, replies, strict=False)
-            ),
-        )
-        for e in examples
-    ]

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import multiprocessing
 import random
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from .example import Example, Query
 from .needle_training import end_of_turn
 from .passages import Passages
 from .public import load, split_titles
-from .record import Record
+from .record import Question, Record
 
 Drawn = tuple[Record, Example]
 TRAINING_SETS = ("squad",)
@@ -36,6 +37,8 @@ class FactStream:
     other documents, questions recall single facts.  ``cut_share`` of the documents are cut into
     several chunks when ``cut_share`` is above 0 (stage 2 of the paper's training).  ``mix`` gives
     public sets (`TRAINING_SETS`) a share of the documents: weights against 1 for the encyclopedia.
+    Of the latter queries are ``questions``, or ``sentences`` of the document that leave out the
+    answer (see `gaps`); the documents are the same.
     """
 
     vocabulary: str = "open"
@@ -49,6 +52,7 @@ class FactStream:
     forms: str = "train"
     cut_share: float = 0.0
     mix: dict[str, float] = dataclasses.field(default_factory=dict)
+    queries: Literal["questions", "sentences"] = "questions"
 
 
 def titles_for(name: str, part: Literal["train", "watch", "test"]) -> list[Record]:
@@ -95,7 +99,8 @@ class FactTraining:
         n_facts = most if rng.random() < 0.5 else rng.randint(1, most)
         kinds = s.kinds if level > 0.5 and i % 2 else ("recall",)
         n_questions = min(s.queries_per_doc, n_facts)
-        return self._generator.sample(rng, n_facts, n_questions, kinds)
+        record = self._generator.sample(rng, n_facts, n_questions, kinds)
+        return gaps(record, n_questions, rng) if s.queries == "sentences" else record
 
     def example(self, record: Record, step: int, i: int, level: float = 1.0) -> Example:
         """Return ``record``, which is document ``i`` of ``step``, as a training example."""
@@ -117,6 +122,29 @@ class FactTraining:
     def batch(self, step: int, n_docs: int, level: float = 1.0) -> list[Example]:
         """Return the first ``n_docs`` documents of ``step`` as training examples."""
         return [example for _, example in self.drawn(step, range(n_docs), level)]
+
+
+def gaps(record: Record, n: int, rng: random.Random) -> Record:
+    """Ask for what up to ``n`` sentences of the document leave out, instead of questions.
+
+    A sentence that does not name what it is about, or says its value elsewhere too, is not used;
+    a record without any other keeps its questions.
+
+    >>> from d2l.data.record import Fact
+    >>> fact = Fact("Ada Lin", "pet", "goat", "pet0", "Ada Lin keeps a goat.")
+    >>> record = Record(fact.text, (Question("What does Ada Lin keep?", ("goat",)),), (fact,))
+    >>> gaps(record, 1, random.Random(0)).questions[0].text
+    'Ada Lin keeps a .'
+    """
+    parted = [
+        (i, f, re.split(rf"\b{re.escape(f.value)}\b", f.text)) for i, f in enumerate(record.facts)
+    ]
+    usable = [row for row in parted if row[1].entity in row[1].text and len(row[2]) == 2]
+    asked = tuple(
+        Question("".join(around).strip(), (fact.value,), "gap", (i,), fact.form)
+        for i, fact, around in rng.sample(usable, min(n, len(usable)))
+    )
+    return dataclasses.replace(record, questions=asked or record.questions)
 
 
 class FactPool:

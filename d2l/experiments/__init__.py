@@ -135,6 +135,17 @@ EXPERIMENTS = {
             module="d2l.experiments.tab4",
         ),
         Experiment(
+            id="tab5",
+            title="What the hypernetwork learns on: with or without data of the evaluation's kind",
+            default_scale="tiny",
+            cost={
+                "smoke": "half a minute",
+                "tiny": "5 min, after 40 min of training two hypernetworks",
+                "paper": "training two hypernetworks, days on 8 H200",
+            },
+            module="d2l.experiments.tab5",
+        ),
+        Experiment(
             id="tab6",
             title="What the hypernetwork learns from: probabilities or tokens",
             default_scale="tiny",

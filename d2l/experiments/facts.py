@@ -54,7 +54,8 @@ from ..lm.base import LanguageModel
 from ..meter import Meter
 from ..model import DocToLoRA
 from ..qa_metrics import QaScore, score
-from ..teacher import HfTeacher, taught
+from ..teacher import HfTeacher
+from ..teaching import taught
 from ..train import TrainConfig
 from ..train import train as fit
 from .shipped import FROM_SCRATCH, Curve, fresh

@@ -92,15 +92,16 @@ def chat_affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def _frame(tokenizer: Any, system: str) -> tuple[str, str]:
     """Return the template's text before and after the user's."""
-    if not getattr(tokenizer, "chat_template", None):
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
         before, after = _opening(tokenizer)
         return before + (f"{system}\n\n" if system else ""), after
-    state = str((tokenizer.chat_template, tokenizer.special_tokens_map))
-    return _frame_of(tokenizer, state, system)
+    return _framed(tokenizer, system, str(template))
 
 
 @functools.lru_cache(maxsize=16)
-def _frame_of(tokenizer: Any, _state: str, system: str) -> tuple[str, str]:
+def _framed(tokenizer: Any, system: str, _template: str) -> tuple[str, str]:
+    """Render the frame, once for a tokenizer as long as it keeps its template."""
     user = {"role": "user", "content": _USER}
     if _takes_system(tokenizer, user):
         rendered = _render(tokenizer, [{"role": "system", "content": system}, user])

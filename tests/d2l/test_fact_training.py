@@ -1,13 +1,16 @@
 """The training stream of facts: documents that grow, queries that the documents answer."""
 
+import random
+
 import pytest
 
 from d2l.config import ChunkConfig
 from d2l.data import fact_training
-from d2l.data.fact_training import FactPool, FactStream, FactTraining, titles_for
-from d2l.data.record import Question, Record
+from d2l.data.fact_training import FactPool, FactStream, FactTraining, gaps, titles_for
+from d2l.data.record import Fact, Question, Record
 from d2l.lm.base import load_base, render_chat
-from d2l.teacher import HfTeacher, taught
+from d2l.teacher import HfTeacher
+from d2l.teaching import taught
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +99,27 @@ def test_a_share_of_the_documents_comes_from_public_sets(base, titled):
     passages = [r for r in drawn if r.title in {t.title for t in titled}]
     assert 120 < len(passages) < 180
     assert {r.title for r in passages} == {f"t{i}" for i in range(5)}
+
+
+def test_sentences_ask_for_what_they_leave_out(base):
+    asked, plain = stream(base, queries="sentences", queries_per_doc=3), stream(base)
+    for level in (0.0, 1.0):
+        records, usual = asked.records(2, 30, level), plain.records(2, 30, level)
+        for record, same in zip(records, usual, strict=True):
+            assert record.document == same.document
+            assert len(record.questions) == min(3, len(record.facts))
+            for question in record.questions:
+                (i,) = question.facts
+                fact, gap = record.facts[i], question.text
+                assert question.kind == "gap"
+                assert question.answers == (fact.value,)
+                assert fact.entity in gap
+                assert gap == fact.text.replace(fact.value, "").strip()
+        assert any("?" in q.text for r in usual for q in r.questions)
+
+
+def test_a_sentence_that_gives_its_answer_away_is_not_asked():
+    names = Fact("Lin Tin", "metal", "Tin", "metal0", "Lin Tin is made of Tin.")
+    pronoun = Fact("Ada Lin", "pet", "goat", "pet0", "She keeps a goat.")
+    record = Record("...", (Question("What?", ("goat",)),), (names, pronoun))
+    assert gaps(record, 2, random.Random(0)) == record

@@ -22,6 +22,7 @@ from d2l.experiments import (
     qa,
     tab3,
     tab4,
+    tab5,
     tab6,
     tab7,
     tab8,
@@ -43,6 +44,7 @@ ALL = (
     fig8.FIGURE,
     tab3.TABLE,
     tab4.TABLE,
+    tab5.TABLE,
     tab6.TABLE,
     tab7.TABLE,
     tab8.TABLE,
@@ -70,7 +72,10 @@ def test_variants_differ_in_what_their_table_is_about() -> None:
     assert diff(kl, tokens) == {"train.loss": ("kl", "ce")}
     eight, sixteen = (tab7.config("tiny", dict(c)) for c in tab7.TABLE.variants.values())
     assert diff(eight, sixteen) == {"hypernet.lora.rank": (8, 16)}
-    assert tokens == sixteen == fig3.config("tiny"), "what ships need not be trained again"
+    forms, ships, gaps = (tab5.config("tiny", dict(c)) for c in tab5.TABLE.variants.values())
+    assert diff(forms, ships) == {"stream.forms": ("all", "train")}
+    assert diff(ships, gaps) == {"stream.queries": ("questions", "sentences")}
+    assert ships == tokens == sixteen == fig3.config("tiny"), "what ships need not be trained again"
 
 
 def test_a_variant_keeps_its_own_rows_and_the_base_once() -> None:
