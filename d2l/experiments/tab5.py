@@ -6,7 +6,7 @@ is the run without.  The run with them trains on all forms; names and documents 
 run, which the paper does not have, is never asked a question.
 """
 
-from ..figures import draw_by_facts
+from ..figures_qa import draw_by_facts
 from .qa import QaExperiment
 
 TABLE = QaExperiment(
