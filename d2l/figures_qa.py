@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .figures import COLOURS, PaperFigure, Style, look, plot
 from .intervals import wilson
@@ -78,6 +79,10 @@ def _fig3_row(panels: Sequence[Axes], points: pd.DataFrame, metric: str) -> None
         edge = min(positive) / 3 if log and positive else 0.0
         if log:
             axes.set_xscale("log")
+            if positive and max(positive) < 200 * edge:  # else matplotlib labels every step
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(NullFormatter())
         shown = known[["series", "part", column, "relative"]].dropna()
         for series, part, x, y in shown.itertuples(index=False):
             style = _QA_STYLES.get(series, Style(series, (0.5, 0.5, 0.5), "."))

@@ -5,6 +5,7 @@ A row is one method (``series`` with its ``part``) at one number of facts; seeds
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -130,12 +131,19 @@ def qa_gap(
 
 
 def by_method(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Average ``columns`` over seeds and numbers of facts; one row a method (and set), in order."""
+    """Average ``columns`` over seeds and numbers of facts; one row a method (and set), in order.
+
+    Rows in which a column is not known are left out of its mean.
+    """
     keyed = table.assign(part=table["part"].fillna("").astype(str))
     keys = [key for key in ("set", "series", "part") if key in keyed]
     rows = []
     for _, group in keyed.groupby(keys, sort=False):
-        mean = {c: float(np.average(group[c], weights=group["n"])) for c in columns}
+        known = {c: pd.DataFrame(group).dropna(subset=[c]) for c in columns}
+        mean = {
+            c: float(np.average(rows[c], weights=rows["n"])) if len(rows) else math.nan
+            for c, rows in known.items()
+        }
         named = {key: group[key].iloc[0] for key in keys}
         rows.append({**named, **mean, "n": int(np.sum(group["n"]))})
     return pd.DataFrame(rows)
