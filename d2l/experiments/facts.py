@@ -140,7 +140,7 @@ def stream_of(source: tuple[Any, ...], device: torch.device) -> Iterator[FactTra
     if device.type == "cpu":
         yield FactTraining(*source)
         return
-    pool = FactPool(max(1, len(os.sched_getaffinity(0)) - 2), *source)
+    pool = FactPool(max(1, (os.cpu_count() or 1) - 2), *source)
     try:
         yield pool
     finally:
