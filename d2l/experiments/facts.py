@@ -202,7 +202,8 @@ def public_documents(name: str, n: int, n_questions: int, seed: int) -> list[Rec
 
 def on_the_way(wanted: FactRun) -> dict[str, list[Record]]:
     """Draw the held-out documents that training is watched with, by set ("": encyclopedia)."""
-    found = {"": documents(wanted, wanted.stream.max_facts, 40, shift=10_000)}
+    invented = dataclasses.replace(wanted, eval=dataclasses.replace(wanted.eval, public=""))
+    found = {"": documents(invented, wanted.stream.max_facts, 40, shift=10_000)}
     for name in wanted.stream.mix:
         pool = titles_for(name, "watch")
         found[f"_{name}"] = random.Random(name).sample(pool, min(80, len(pool)))

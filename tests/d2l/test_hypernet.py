@@ -261,3 +261,11 @@ def test_saying_needs_a_next_token_and_targets_as_wide_as_an_embedding(changes):
     targets = TargetShapes((0, 1, 2), {"down_proj": 9}, {"down_proj": changes.get("d_out", 8)})
     with pytest.raises(ValueError, match="say_next needs"):
         Hypernet(config, targets, 16)
+
+
+def test_a_projection_without_hidden_units_is_one_matrix():
+    built = hypernet(perceiver=dataclasses.replace(SMALL, projection_factor=0))
+    projection = built.perceiver.projection
+    assert [tuple(p.shape) for p in projection.parameters()] == [(SMALL.d_latent, 16)]
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(projection(x), x @ projection.weight.T)

@@ -270,6 +270,8 @@ def test_a_pretrained_base_is_asked_about_public_sets(monkeypatch) -> None:
     assert len(asked["SQuAD"]) == 9
     assert set(asked["SQuAD"]) <= set(drawn["test"])
     assert [len(r.questions) for r in asked["DROP"]] == [1]
+    watched = facts.on_the_way(fig3.config("paper"))  # asks SQuAD, but only in the end
+    assert {r.source for rs in watched.values() for r in rs} == {"encyclopedia-test"}
 
 
 def test_alternatives_may_see_fewer_documents_than_the_base_and_d2l(monkeypatch) -> None:

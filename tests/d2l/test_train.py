@@ -253,3 +253,23 @@ def test_only_matrices_are_decayed():
     assert {"perceiver.encoder.blocks.0.mlp.gate.weight", "mlps.0.W2"} <= decayed
     assert {"gate_weight", "gate_bias", "mlps.0.b1", "mlps.0.norm_in.weight"} <= kept
     assert {"scaler_A.down_proj", "bias_B.down_proj", "perceiver.decoder.latents"} <= kept
+
+
+def test_noise_on_the_question_is_bounded_and_for_training_alone():
+    model, batch, seen = doc_to_lora(), Batch.of([example(0)]), []
+    lm = model.base.model
+    hook = lm.model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given), with_kwargs=True
+    )
+    noisy = objective(model, neftune=5.0)
+    quiet = noisy(batch, 1, 2)["loss"].item()
+    assert quiet == objective(model)(batch, 1, 2)["loss"].item()
+    noisy.train()
+    assert noisy(batch, 1, 2)["loss"].item() != quiet
+    hook.remove()
+    given = [g for g in seen if g.get("inputs_embeds") is not None]
+    assert len(given) == 1
+    ids, _, _ = pad_queries(batch, 0)
+    noise = (given[0]["inputs_embeds"] - lm.get_input_embeddings()(ids)).abs()
+    most = 5.0 / math.sqrt(ids.shape[1] * noise.shape[2])
+    assert most / 2 < noise.max().item() <= most * (1 + 1e-5)
