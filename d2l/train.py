@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from .lora import ChunkLora, LoraBatch, route_rows
 from .losses import Averaging, average, lora_l1, shift
 from .model import DocToLoRA
 
+_EVERY_STEP = {"step", "loss", "l1", "train_exact", "grad_norm", "lr", "level"}
 _NO_DECAY = ("scaler", "bias", "norm", "latents", "gate_weight", "gain")
 
 
@@ -42,6 +43,10 @@ class TrainConfig:
     The curriculum's level goes from 0 to 1 in ``curriculum`` steps, but only in steps before which
     the smoothed exact match of training batches was at least ``curriculum_exact``: each step of it
     is earned.  0 means level 1 throughout.
+
+    With ``patience`` training stops once that many evaluations in a row were no better than the
+    best before them, by the measure that ``stop_on`` names (more is better), and ends with the
+    weights of the best one.  0 trains all ``steps``.
 
     ``neftune`` adds uniform noise of at most ``neftune / sqrt(n_tok d)`` to the embeddings of a
     question and its answer (NEFTune, arXiv 2310.05914; spec section 8).
@@ -66,6 +71,8 @@ class TrainConfig:
     checkpoint_every: int = 100
     log_every: int = 10
     eval_every: int = 0
+    patience: int = 0
+    stop_on: str = ""
 
 
 class Objective(nn.Module):
@@ -205,12 +212,15 @@ def train(
     step at a level of the curriculum.
 
     Resumes from ``run_dir/checkpoint.pt`` when it is there.  Writes ``curve.csv`` and TensorBoard
-    files beside it.  The result does not depend on interruptions, nor (up to summation order) on
-    the number of processes.
+    files beside it, and with ``patience`` the best weights as ``best.pt``.  The result does not
+    depend on interruptions, nor (up to summation order) on the number of processes.
 
-    Raises ValueError when the checkpoint belongs to another configuration or the batch does not
-    divide by the number of processes; FloatingPointError when a loss is not finite.
+    Raises ValueError when the checkpoint belongs to another configuration, the batch does not
+    divide by the number of processes, or ``patience`` has nothing to go by; FloatingPointError when
+    a loss is not finite.
     """
+    if config.patience and not (evaluate and config.eval_every and config.stop_on):
+        raise ValueError(f"patience {config.patience} needs eval_every and stop_on to be set")
     accelerator = accelerator or Accelerator(cpu=model.base.device.type == "cpu")
     n_proc, rank = accelerator.num_processes, accelerator.process_index
     if config.docs_per_step % n_proc:
@@ -224,9 +234,12 @@ def train(
     identity = config_id(config) + config_id(model.config)
     start, pace = _resume(run_dir, identity, objective, optimizer, _Pace(config))
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    best = run_dir / "best.pt"
     log = _Log(run_dir, start, config, enabled=accelerator.is_main_process)
+    patience = Patience(config, log.rows if accelerator.is_main_process else ())
     wrapped.train()
-    for step in range(start, config.steps):
+    last = start if _any(accelerator, patience.over) else config.steps
+    for step in range(start, last):
         window = list(examples(step, pace.level))
         local = window[rank * len(window) // n_proc : (rank + 1) * len(window) // n_proc]
         n_labels = sum(len(q.answer) for e in window for q in e.queries)
@@ -275,11 +288,56 @@ def train(
                 wrapped.train()
             accelerator.wait_for_everyone()
         log.step(done, row)
-        if done % config.checkpoint_every == 0 or done == config.steps:
+        if patience.is_better(row):
+            _write({"identity": identity, "hypernet": objective.hypernet.state_dict()}, best)
+        over = bool(config.patience) and _any(accelerator, patience.over)
+        if done % config.checkpoint_every == 0 or done == config.steps or over:
             if accelerator.is_main_process:
                 _save(run_dir, identity, done, objective, optimizer, pace)
             accelerator.wait_for_everyone()
+        if over:
+            break
+    if config.patience:
+        state = torch.load(best, map_location="cpu", weights_only=True)
+        objective.hypernet.load_state_dict(state["hypernet"])
     log.close()
+
+
+def _any(accelerator: Accelerator, here: bool) -> bool:  # in any process
+    found: Any = accelerator.reduce(torch.tensor(float(here), device=accelerator.device))
+    return bool(found)
+
+
+class Patience:
+    """Which evaluation was the best so far, by ``stop_on``, and whether it is time to stop.
+
+    ``rows`` are those of a run so far.  Scores are compared as ``curve.csv`` shows them.
+    """
+
+    def __init__(self, config: TrainConfig, rows: Iterable[Mapping[str, float]] = ()) -> None:
+        self.config, self.best, self.waited = config, -math.inf, 0
+        for row in rows:
+            self.is_better(row)
+
+    def is_better(self, row: Mapping[str, float]) -> bool:
+        """Take a row; tell whether it holds an evaluation that is better than all before it.
+
+        Raises ValueError for an evaluation that has no ``stop_on``.
+        """
+        if not self.config.patience or row.keys() <= _EVERY_STEP:
+            return False
+        if self.config.stop_on not in row:
+            there = sorted(row.keys() - _EVERY_STEP)
+            raise ValueError(f"stop_on {self.config.stop_on!r} is not measured, only {there}")
+        score = float(f"{row[self.config.stop_on]:.6g}")
+        better = score > self.best
+        self.best, self.waited = max(score, self.best), 0 if better else self.waited + 1
+        return better
+
+    @property
+    def over(self) -> bool:
+        """Tell whether training stops here."""
+        return 0 < self.config.patience <= self.waited
 
 
 def read_curve(run_dir: Path) -> list[dict[str, float]]:
@@ -312,9 +370,13 @@ def _save(
         "optimizer": optimizer.state_dict(),
         "pace": (pace.level, pace.exact),
     }
-    part = run_dir / "checkpoint.pt.part"
+    _write(state, run_dir / "checkpoint.pt")
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    part = path.with_name(f"{path.name}.part")
     torch.save(state, part)
-    os.replace(part, run_dir / "checkpoint.pt")
+    os.replace(part, path)
 
 
 def _resume(
@@ -325,15 +387,19 @@ def _resume(
     if not path.exists():
         return 0, pace
     state = torch.load(path, map_location="cpu", weights_only=True)
+    _check(state, identity, path)
+    objective.hypernet.load_state_dict(state["hypernet"])
+    optimizer.load_state_dict(state["optimizer"])
+    pace.level, pace.exact = state["pace"]
+    return int(state["step"]), pace
+
+
+def _check(state: Mapping[str, Any], identity: str, path: Path) -> None:
     if state["identity"] != identity:
         raise ValueError(
             f"{path} was written by another configuration ({state['identity']}, this run is "
             f"{identity}): choose another folder or delete it"
         )
-    objective.hypernet.load_state_dict(state["hypernet"])
-    optimizer.load_state_dict(state["optimizer"])
-    pace.level, pace.exact = state["pace"]
-    return int(state["step"]), pace
 
 
 class _Log:

@@ -7,6 +7,7 @@ questions about the same held-out documents.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import random
@@ -20,6 +21,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from ..adapter import Adapter
 from ..artifacts import QA_COLUMNS
 from ..baselines import (
     DistillConfig,
@@ -116,11 +118,18 @@ def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
     teacher = HfTeacher(base) if wanted.train.loss == "kl" else None
     watched = on_the_way(wanted)
 
+    length = wanted.eval.max_new_tokens
+
+    @functools.cache
+    def in_context(name: str) -> float:
+        return quick_recall(model, watched[name], None, length)
+
     def held_out(_: int) -> dict[str, float]:
         scores = {}
         for name, records in watched.items():
-            own, wrong = quick_scores(model, records, wanted.eval.max_new_tokens)
+            own, wrong = quick_scores(model, records, length)
             scores |= {f"held_out{name}": own, f"held_out{name}_wrong": wrong}
+            scores[f"relative{name}"] = own / in_context(name) if in_context(name) else math.nan
         return scores
 
     def examples(step: int, level: float) -> list[Example]:
@@ -147,19 +156,35 @@ def stream_of(source: tuple[Any, ...], device: torch.device) -> Iterator[FactTra
         pool.close()
 
 
-@torch.no_grad()
 def quick_scores(
     model: DocToLoRA, records: Sequence[Record], max_new_tokens: int
 ) -> tuple[float, float]:
     """Return mean recall with the right and with another document's adapter, one batch each."""
-    adapters = model.internalize_batch(r.document for r in records)
-    questions = [r.questions[0] for r in records]
-    texts, out = [q.text for q in questions], []
-    for asked in (adapters, [*adapters[1:], adapters[0]]):
-        answers = model.generate(texts, asked, max_new_tokens=max_new_tokens)
-        pairs = zip(answers, questions, strict=True)
-        out.append(statistics.fmean(score(a, q.answers).recall for a, q in pairs))
-    return out[0], out[1]
+    own = model.internalize_batch(r.document for r in records)
+    right, wrong = (
+        quick_recall(model, records, adapters, max_new_tokens)
+        for adapters in (own, [*own[1:], own[0]])
+    )
+    return right, wrong
+
+
+def quick_recall(
+    model: DocToLoRA,
+    records: Sequence[Record],
+    adapters: Sequence[Adapter] | None,
+    max_new_tokens: int,
+) -> float:
+    """Return mean recall of the first questions, asked in one batch.
+
+    Without ``adapters`` the base has the documents in its prompts.
+    """
+    asked = [r.questions[0] for r in records]
+    texts = [q.text for q in asked]
+    if adapters is None:
+        texts = [f"{r.document}\n\n{text}" for r, text in zip(records, texts, strict=True)]
+    answers = model.generate(texts, adapters, max_new_tokens=max_new_tokens)
+    pairs = zip(answers, asked, strict=True)
+    return statistics.fmean(score(a, q.answers).recall for a, q in pairs)
 
 
 def documents(wanted: FactRun, n_facts: int, n: int, *, shift: int = 0) -> list[Record]:

@@ -19,7 +19,7 @@ from ..model import DocToLoRA
 from ..tiny_needle import NeedleTask
 from ..tiny_qa import RECIPE, QaTask
 from ..tiny_training import TinyTraining, train_tiny
-from ..train import TrainConfig, read_curve
+from ..train import Patience, TrainConfig, read_curve
 from .base import need_gpu_and_model
 
 Curve = list[dict[str, float]]
@@ -81,8 +81,10 @@ def run_dir(wanted: TrainedRun, name: str) -> Path:
 
 
 def finished(wanted: TrainedRun, folder: Path) -> bool:
-    """Tell whether a training run in ``folder`` has reached its last step."""
-    return (folder / "curve.csv").exists() and read_curve(folder)[-1]["step"] >= wanted.train.steps
+    """Tell whether a training run in ``folder`` has reached its last step, or stopped early."""
+    rows = read_curve(folder) if (folder / "curve.csv").exists() else []
+    done = bool(rows) and rows[-1]["step"] >= wanted.train.steps
+    return done or Patience(wanted.train, rows).over
 
 
 def models(

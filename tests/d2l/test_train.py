@@ -16,7 +16,16 @@ import train_tiny
 from tiny_models import chunks, doc_to_lora
 
 from d2l.data.example import Batch, Example, Query
-from d2l.train import Objective, TrainConfig, learning_rate, pad_queries, parameter_groups, train
+from d2l.train import (
+    Objective,
+    Patience,
+    TrainConfig,
+    learning_rate,
+    pad_queries,
+    parameter_groups,
+    read_curve,
+    train,
+)
 
 SCRIPT = Path(train_tiny.__file__)
 ROOT = SCRIPT.parents[2]
@@ -79,18 +88,23 @@ def test_a_killed_run_ends_with_the_same_weights(finished, tmp_path, kill_at, dr
     assert curve(tmp_path / "killed") == curve(finished)
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(finished, tmp_path):
+def in_two_processes(folder: Path, **environment) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     common = {
         "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        **environment,
     }  # fmt: skip
-    both = [start(tmp_path / "two", RANK=str(i), LOCAL_RANK=str(i), **common) for i in range(2)]
+    both = [start(folder, RANK=str(i), LOCAL_RANK=str(i), **common) for i in range(2)]
     complaints = [process.communicate(timeout=180)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], complaints
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(finished, tmp_path):
+    in_two_processes(tmp_path / "two")
     for one, two in zip(curve(finished), curve(tmp_path / "two"), strict=True):
         for column in ("loss", "l1", "train_exact"):
             assert float(two[column]) == pytest.approx(float(one[column]), abs=1e-5), column
@@ -141,6 +155,71 @@ def test_a_curriculum_is_earned(tmp_path):
         seen.clear()
         train(doc_to_lora(), examples, config, tmp_path / f"{curriculum}-{exact}")
         assert seen == expected
+
+
+SCORES = (0.5, 0.7, 0.7, 0.6, 0.9, 1.0)  # the best of the first four is that of step 2
+
+
+def stopping(folder, scores=SCORES, **changes):
+    """Train with scripted scores; return the weights after every step and those at the end."""
+    model = doc_to_lora()
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def evaluate(done: int) -> dict[str, float]:
+        seen.append({k: v.clone() for k, v in model.hypernet.state_dict().items()})
+        return {"score": scores[done - 1], "other": -scores[done - 1]}
+
+    config = TrainConfig(**{**vars(train_tiny.CONFIG), "stop_on": "score", **changes})
+    train(model, train_tiny.examples, config, folder, evaluate=evaluate)
+    return seen, model.hypernet.state_dict()
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    ("patience", "steps", "best"), [(1, 3, 2), (2, 4, 2), (3, 6, 6), (9, 6, 6), (0, 6, 6)]
+)
+def test_training_stops_early_with_the_best_weights(tmp_path, patience, steps, best):
+    seen, final = stopping(tmp_path, patience=patience)
+    assert len(seen) == steps
+    assert same(final, seen[best - 1])
+    assert steps == best or not same(final, seen[-1])
+    config = TrainConfig(**{**vars(train_tiny.CONFIG), "stop_on": "score", "patience": patience})
+    assert Patience(config, read_curve(tmp_path)).over == (steps < 6)
+    again, resumed = stopping(tmp_path, patience=patience)
+    assert not again
+    assert same(resumed, final)
+
+
+def test_an_interrupted_run_stops_where_it_would_have(tmp_path):
+    _, whole = stopping(tmp_path / "whole", patience=2)
+    with pytest.raises(IndexError):  # dies in the third evaluation
+        stopping(tmp_path / "cut", SCORES[:2], patience=2)
+    seen, resumed = stopping(tmp_path / "cut", patience=2)
+    assert len(seen) == 2
+    assert same(resumed, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(tmp_path):
+    """What is watched falls from the start, so the weights of the first step are the best."""
+    in_two_processes(tmp_path / "two", TINY_PATIENCE="2")
+    one = train_tiny.run(tmp_path / "one", patience=2).hypernet.state_dict()
+    assert len(curve(tmp_path / "one")) == len(curve(tmp_path / "two")) == 3
+    best = torch.load(tmp_path / "two" / "best.pt", weights_only=True)["hypernet"]
+    for key in one:
+        torch.testing.assert_close(best[key], one[key], rtol=1e-3, atol=1e-5)
+
+
+def test_patience_needs_something_to_go_by(tmp_path):
+    with pytest.raises(ValueError, match=r"'scor' is not measured, only \['other', 'score'\]"):
+        stopping(tmp_path / "named", patience=1, stop_on="scor")
+    for missing in ({"eval_every": 0}, {"stop_on": ""}):
+        with pytest.raises(ValueError, match="patience 1 needs eval_every"):
+            stopping(tmp_path / "none", patience=1, **missing)
+    assert not (tmp_path / "none").exists()
 
 
 # the objective

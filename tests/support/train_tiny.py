@@ -28,6 +28,7 @@ CONFIG = TrainConfig(
     eval_every=1,
     curriculum=3,
     curriculum_exact=0.0,
+    stop_on="fall",
 )
 
 
@@ -61,7 +62,7 @@ def run(run_dir: Path, kill_at: str = "", *, dropout: float = 0.0, **changes):
     def evaluate(done: int) -> dict[str, float]:
         if kill_at == "step" and done == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return {"probe": float(done)}
+        return {"probe": float(done), "fall": -float(done)}
 
     if kill_at == "save":
         torch.save = die_halfway(torch.save)
@@ -85,4 +86,6 @@ def die_halfway(save):
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), *sys.argv[2:], dropout=float(os.environ.get("TINY_DROPOUT", "0")))
+    patience = int(os.environ.get("TINY_PATIENCE", "0"))  # what is watched falls from the start
+    dropout = float(os.environ.get("TINY_DROPOUT", "0"))
+    run(Path(sys.argv[1]), *sys.argv[2:], dropout=dropout, patience=patience)
