@@ -289,7 +289,7 @@ def train(
             accelerator.wait_for_everyone()
         log.step(done, row)
         if patience.is_better(row):
-            _write({"identity": identity, "hypernet": objective.hypernet.state_dict()}, best)
+            _write(objective.hypernet.state_dict(), best)
         over = bool(config.patience) and _any(accelerator, patience.over)
         if done % config.checkpoint_every == 0 or done == config.steps or over:
             if accelerator.is_main_process:
@@ -298,12 +298,12 @@ def train(
         if over:
             break
     if config.patience:
-        state = torch.load(best, map_location="cpu", weights_only=True)
-        objective.hypernet.load_state_dict(state["hypernet"])
+        objective.hypernet.load_state_dict(torch.load(best, map_location="cpu", weights_only=True))
     log.close()
 
 
-def _any(accelerator: Accelerator, here: bool) -> bool:  # in any process
+def _any(accelerator: Accelerator, here: bool) -> bool:
+    """Tell whether something holds in any process."""
     found: Any = accelerator.reduce(torch.tensor(float(here), device=accelerator.device))
     return bool(found)
 
@@ -322,7 +322,7 @@ class Patience:
     def is_better(self, row: Mapping[str, float]) -> bool:
         """Take a row; tell whether it holds an evaluation that is better than all before it.
 
-        Raises ValueError for an evaluation that has no ``stop_on``.
+        Raises ValueError for an evaluation without ``stop_on``, or in which it is no number.
         """
         if not self.config.patience or row.keys() <= _EVERY_STEP:
             return False
@@ -330,6 +330,8 @@ class Patience:
             there = sorted(row.keys() - _EVERY_STEP)
             raise ValueError(f"stop_on {self.config.stop_on!r} is not measured, only {there}")
         score = float(f"{row[self.config.stop_on]:.6g}")
+        if math.isnan(score):
+            raise ValueError(f"stop_on {self.config.stop_on!r} is nan: there is no best to keep")
         better = score > self.best
         self.best, self.waited = max(score, self.best), 0 if better else self.waited + 1
         return better
@@ -387,19 +389,15 @@ def _resume(
     if not path.exists():
         return 0, pace
     state = torch.load(path, map_location="cpu", weights_only=True)
-    _check(state, identity, path)
-    objective.hypernet.load_state_dict(state["hypernet"])
-    optimizer.load_state_dict(state["optimizer"])
-    pace.level, pace.exact = state["pace"]
-    return int(state["step"]), pace
-
-
-def _check(state: Mapping[str, Any], identity: str, path: Path) -> None:
     if state["identity"] != identity:
         raise ValueError(
             f"{path} was written by another configuration ({state['identity']}, this run is "
             f"{identity}): choose another folder or delete it"
         )
+    objective.hypernet.load_state_dict(state["hypernet"])
+    optimizer.load_state_dict(state["optimizer"])
+    pace.level, pace.exact = state["pace"]
+    return int(state["step"]), pace
 
 
 class _Log:

@@ -140,12 +140,19 @@ def train_and_ship(
     target = weights_dir(figure, scale, wanted.train.seed)
     if custom or scale == "smoke":
         target = folder / "hypernet"
-    curve = read_curve(folder)
+    curve = until_best(read_curve(folder), wanted.train)
     facts = {"run": to_dict(wanted), "steps_done": int(curve[-1]["step"])}
     save_model(target, model, facts, dtype=torch.bfloat16)
     shutil.copy(folder / "curve.csv", target / "curve.csv")
     write_text(target / "README.md", card(wanted, model, curve, f"{figure} --scale {scale}"))
     return target
+
+
+def until_best(curve: Curve, config: TrainConfig) -> Curve:
+    """Leave out what came after the weights that were kept; all of it stays without patience."""
+    patience = Patience(config)
+    better = [i for i, row in enumerate(curve) if patience.is_better(row)]
+    return curve[: better[-1] + 1] if better else curve
 
 
 def weights_dir(figure: str, scale: str, seed: int) -> Path:

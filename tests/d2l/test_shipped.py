@@ -11,11 +11,18 @@ from d2l.evaluate import answer_internalized
 from d2l.experiments import fig3
 from d2l.experiments.facts import documents, quick_scores
 from d2l.experiments.fig2 import config
-from d2l.experiments.shipped import load_shipped, shipped_seeds, weights_dir
+from d2l.experiments.shipped import (
+    finished,
+    load_shipped,
+    shipped_seeds,
+    until_best,
+    weights_dir,
+)
+from d2l.train import TrainConfig
 
 
 @pytest.mark.parametrize(
-    ("figure", "scale"), [("fig2", "tiny"), ("fig2", "small"), ("fig3", "tiny")]
+    ("figure", "scale"), [("fig2", "tiny"), ("fig2", "small"), ("fig3", "tiny"), ("fig3", "small")]
 )
 def test_shipped_folders_are_complete(figure: str, scale: str) -> None:
     assert 0 in shipped_seeds(figure, scale)
@@ -54,3 +61,18 @@ def test_weights_of_another_recipe_are_refused() -> None:
     other = dataclasses.replace(wanted, train=dataclasses.replace(wanted.train, lr=1.0))
     with pytest.raises(ValueError, match=r"train\.lr.*--retrain"):
         load_shipped("fig2", {0: other}, "tiny")
+
+
+def test_what_came_after_the_kept_weights_is_not_told_of_them(tmp_path) -> None:
+    curve = [
+        {"step": step, "loss": 1.0} | ({"held_out": score} if score else {})
+        for step, score in ((10, 0.4), (20, 0.0), (30, 0.6), (40, 0.6), (50, 0.5))
+    ]
+    stops = TrainConfig(steps=100, eval_every=10, patience=2, stop_on="held_out")
+    assert [row["step"] for row in until_best(curve, stops)] == [10, 20, 30]
+    assert until_best(curve, TrainConfig(steps=100)) == curve
+    lines = [f"{r['step']},{r['loss']},{r.get('held_out', '')}\n" for r in curve]
+    (tmp_path / "curve.csv").write_text("".join(["step,loss,held_out\n", *lines]))
+    wanted = config("tiny", {"train.steps": 100})
+    assert not finished(wanted, tmp_path)
+    assert finished(dataclasses.replace(wanted, train=stops), tmp_path)

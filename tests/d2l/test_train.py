@@ -208,7 +208,7 @@ def test_two_processes_stop_together(tmp_path):
     in_two_processes(tmp_path / "two", TINY_PATIENCE="2")
     one = train_tiny.run(tmp_path / "one", patience=2).hypernet.state_dict()
     assert len(curve(tmp_path / "one")) == len(curve(tmp_path / "two")) == 3
-    best = torch.load(tmp_path / "two" / "best.pt", weights_only=True)["hypernet"]
+    best = torch.load(tmp_path / "two" / "best.pt", weights_only=True)
     for key in one:
         torch.testing.assert_close(best[key], one[key], rtol=1e-3, atol=1e-5)
 
@@ -216,6 +216,8 @@ def test_two_processes_stop_together(tmp_path):
 def test_patience_needs_something_to_go_by(tmp_path):
     with pytest.raises(ValueError, match=r"'scor' is not measured, only \['other', 'score'\]"):
         stopping(tmp_path / "named", patience=1, stop_on="scor")
+    with pytest.raises(ValueError, match="'score' is nan"):
+        stopping(tmp_path / "nan", (math.nan,), patience=1)
     for missing in ({"eval_every": 0}, {"stop_on": ""}):
         with pytest.raises(ValueError, match="patience 1 needs eval_every"):
             stopping(tmp_path / "none", patience=1, **missing)
