@@ -31,6 +31,7 @@ from .lm.hooks import applied, decoder_of
 from .lora import ChunkLora, LoraBatch, route_rows
 from .losses import Averaging, average, lora_l1, shift
 from .model import DocToLoRA
+from .muon import Muon
 
 _EVERY_STEP = {"step", "loss", "l1", "train_exact", "grad_norm", "lr", "level"}
 _NO_DECAY = ("scaler", "bias", "norm", "latents", "gate_weight", "gain")
@@ -48,6 +49,8 @@ class TrainConfig:
     best before them, by the measure that ``stop_on`` names (more is better), and ends with the
     weights of the best one.  0 trains all ``steps``.
 
+    ``optimizer`` "muon" moves matrices by `muon.Muon`, at the same learning rate.
+
     ``neftune`` adds uniform noise of at most ``neftune / sqrt(n_tok d)`` to the embeddings of a
     question and its answer (NEFTune, arXiv 2310.05914; spec section 8).
     """
@@ -55,6 +58,7 @@ class TrainConfig:
     steps: int = 1000
     docs_per_step: int = 32
     docs_per_micro_batch: int = 32
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 4e-5
     min_lr: float = 1e-7
     warmup: int = 100
@@ -194,7 +198,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     chosen = set(map(id, kept))
     decayed = [p for _, p in named if id(p) not in chosen]
     return [
-        {"params": decayed, "weight_decay": weight_decay},
+        {"params": decayed, "weight_decay": weight_decay, "matrices": True},
         {"params": kept, "weight_decay": 0.0},
     ]
 
@@ -228,9 +232,9 @@ def train(
             f"docs_per_step {config.docs_per_step} must be a multiple of the {n_proc} processes"
         )
     objective = Objective(model, config)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(objective, config.weight_decay), lr=config.lr, betas=config.betas
-    )
+    made_by = {"adamw": torch.optim.AdamW, "muon": Muon}[config.optimizer]
+    groups = parameter_groups(objective, config.weight_decay)
+    optimizer = made_by(groups, lr=config.lr, betas=config.betas)
     identity = config_id(config) + config_id(model.config)
     start, pace = _resume(run_dir, identity, objective, optimizer, _Pace(config))
     wrapped, optimizer = accelerator.prepare(objective, optimizer)

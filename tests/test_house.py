@@ -52,7 +52,7 @@ INTERFACES = {"cli", "widgets", "__main__", "documents", "compare", "lm.smollm2"
 FLOORS = (
     {"config", "types", "lm", "home", "intervals", "documents", "qa_metrics", "meter"},
     {"hypernet", "perceiver", "lora", "chunking", "adapter", "export"},
-    {"model", "reading", "losses", "data", "checkpoint", "published", "pretrained"},
+    {"model", "reading", "losses", "data", "checkpoint", "published", "pretrained", "muon"},
     {"train", "evaluate", "baselines", "bench", "tiny_training", "store", "compare"}
     | {"tiny_needle", "tiny_qa", "self_generate", "teacher", "teaching"}
     | RESULTS,
@@ -81,7 +81,7 @@ CONFINED = {
 KERNELS_USE = {"d2l_kernels", "torch", "jaxtyping", "triton", "flash_attn"}
 
 EXPERIMENT = re.compile(r"d2l\.experiments\.((?:fig|tab)\w+)")
-MAX_MODULE, MAX_EXPERIMENT, MAX_CORE, MAX_KERNELS, MAX_INTERFACES = 400, 120, 3600, 2000, 1200
+MAX_MODULE, MAX_EXPERIMENT, MAX_CORE, MAX_KERNELS, MAX_INTERFACES = 400, 120, 3650, 2000, 1200
 MAX_CELLS, MAX_CELL_LINES = 8, 60
 PAGES_USE = ("__init__", "experiments", "compare", "widgets")
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:root|work|farm|home/\w+|Users/\w+)/[\w.]")

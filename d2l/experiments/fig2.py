@@ -90,10 +90,11 @@ _TINY = {
         word_share=0.3,
     ),
     "train": TrainConfig(
-        steps=1500, docs_per_step=32, docs_per_micro_batch=32, lr=2e-3, betas=(0.9, 0.98),
+        steps=500, docs_per_step=32, docs_per_micro_batch=32, optimizer="muon", lr=2e-3,
+        betas=(0.9, 0.98),
         warmup=50,
-        curriculum=300,
-        eval_every=500,
+        curriculum=130,
+        eval_every=250,
     ),
     "eval": NeedleEval(
         lengths=(64, 128, 256, 512, 1024, 2048, 4096, 8192),

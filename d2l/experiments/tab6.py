@@ -6,7 +6,6 @@ from .qa import QaExperiment
 TABLE = QaExperiment(
     "tab6",
     draw=draw_by_facts,
-    most_seeds=1,
     variants={"kl": {"train.loss": "kl"}, "next token": {"train.loss": "ce"}},
 )
 config, run, train = TABLE.config, TABLE.run, TABLE.train

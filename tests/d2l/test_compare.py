@@ -71,8 +71,7 @@ def test_likelihood_equals_a_forward_pass_of_each_alone(model, adapter):
         log_p = logits.log_softmax(-1)
         expected = sum(log_p[len(prompt) - 1 + i, token].item() for i, token in enumerate(target))
         assert value == pytest.approx(expected, abs=1e-4)
-    assert found[0] > found[1]
-    assert math.exp(found[0]) > 0.5
+    assert found[0] > math.log(10) + max(found[1], found[2])
 
 
 def test_an_answer_without_tokens_has_no_likelihood(model, adapter):

@@ -63,8 +63,11 @@ def test_a_run_logs_and_leaves_a_checkpoint(finished):
     assert not list(finished.glob("*.part"))
 
 
-def test_a_run_learns(tmp_path):
-    config = TrainConfig(steps=20, docs_per_step=4, lr=2e-2, warmup=1, log_every=1)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_learns(tmp_path, optimizer):
+    config = TrainConfig(
+        steps=20, docs_per_step=4, optimizer=optimizer, lr=2e-2, warmup=1, log_every=1
+    )
     train(doc_to_lora(), lambda step, level: train_tiny.examples(0, level), config, tmp_path)
     losses = [float(row["loss"]) for row in curve(tmp_path)]
     assert losses[-1] < losses[0] / 2
