@@ -1,8 +1,8 @@
 """Muon for matrices, AdamW for everything else.
 
 A matrix moves along its momentum with all singular values set to one (Jordan et al. 2024), at a
-size at which AdamW's learning rate serves both (arXiv 2502.16982).  `torch.optim.Muon` takes plain
-matrices alone; a hypernetwork holds most of its weights as stacks of them, one for each layer.
+size at which AdamW's learning rate serves both (arXiv 2502.16982).  `torch.optim.Muon` takes no
+stacks of matrices, one for each layer, which most of a hypernetwork is.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 RMS_OF_ADAMW = 0.2
 
 
 class Muon(torch.optim.AdamW):
-    """Optimise the groups that say ``matrices=True`` by Muon, in any leading dimensions."""
+    """Move the groups that say ``matrices=True`` by Muon, the others by AdamW.
+
+    Such parameters are matrices, or stacks of them; ``momentum`` is Nesterov's.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], *, momentum: float = 0.95, **adamw: Any):
         super().__init__(groups, **adamw)
@@ -28,7 +30,8 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; gradients of matrices are used up by it."""
+        """Take one step; it uses up the gradients of matrices."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for p in group["params"] if group.get("matrices") else ():
                 if p.grad is None:
@@ -41,12 +44,16 @@ class Muon(torch.optim.AdamW):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(orthogonal(p.grad), alpha=group["lr"] * size)
                 p.grad = None
-        return super().step(closure)
+        super().step()
+        return loss
 
 
 def orthogonal(x: Float[Tensor, "*stack row col"]) -> Float[Tensor, "*stack row col"]:
-    """Bring every singular value to about one (.7 to 1.2) by five Newton-Schulz iterations."""
-    a, b, c = NEWTON_SCHULZ
+    """Bring singular values to about one (.7 to 1.2) by five Newton-Schulz iterations.
+
+    Those below a thousandth of the matrix's norm stay smaller; zeros stay zeros.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
     wide = x if x.shape[-2] <= x.shape[-1] else x.mT
     y = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-12)
     for _ in range(5):

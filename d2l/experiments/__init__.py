@@ -53,7 +53,7 @@ EXPERIMENTS = {
             default_scale="small",
             cost={
                 "smoke": "half a minute",
-                "tiny": "7 to 9 min; with --retrain 13 to 18, everything from scratch",
+                "tiny": "7 to 9 min; with --retrain about 18, everything from scratch",
                 "small": "12 min with bfloat16 instructions, 19 without; shipped hypernetwork",
                 "paper": "one GPU; training took the authors about 3 h on an H200",
             },
@@ -151,7 +151,7 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={
                 "smoke": "half a minute",
-                "tiny": "5 min, after three quarters of an hour of training three hypernetworks",
+                "tiny": "5 min, after an hour of training three hypernetworks",
                 "paper": "training two hypernetworks, days on 8 H200",
             },
             module="d2l.experiments.tab6",

@@ -63,6 +63,24 @@ def test_everything_else_moves_as_with_adamw():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_a_closure_is_called_once_before_anything_moves():
+    matrix, vector = (torch.nn.Parameter(torch.ones(*shape)) for shape in ((2, 2), (2,)))
+    optimizer = Muon([{"params": [matrix], "matrices": True}, {"params": [vector]}], lr=0.1)
+    losses = []
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = (matrix @ vector).sum()
+        loss.backward()
+        losses.append(loss.item())
+        return losses[-1]
+
+    assert optimizer.step(closure) == 4.0
+    assert losses == [4.0]
+    assert not torch.equal(matrix, torch.ones(2, 2))
+    assert not torch.equal(vector, torch.ones(2))
+
+
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
     config = TrainConfig(
         steps=4, docs_per_step=4, optimizer="muon", lr=1e-2, warmup=1, checkpoint_every=2

@@ -333,6 +333,7 @@ def test_only_matrices_are_decayed():
         for group in parameter_groups(module, 0.01)
     )
     assert len(decayed) + len(kept) == len(names)
+    assert all(p.ndim >= 2 for p in parameter_groups(module, 0.01)[0]["params"])
     assert {"head", "mlps.0.W1", "perceiver.projection.gate.weight"} <= decayed
     assert {"perceiver.encoder.blocks.0.mlp.gate.weight", "mlps.0.W2"} <= decayed
     assert {"gate_weight", "gate_bias", "mlps.0.b1", "mlps.0.norm_in.weight"} <= kept
