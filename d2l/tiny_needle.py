@@ -13,13 +13,14 @@ import torch
 from .data.needle import NeedleGenerator, NeedleSample
 from .lm.base import render_chat
 from .lm.tiny import WINDOW_TOK, build_model, build_tokenizer
-from .tiny_training import Row, exact, pad_rows
+from .tiny_training import Row, TinyTraining, exact, pad_rows
 
 FORMS: tuple[tuple[str, str], ...] = tuple(
     itertools.product(("repeat", "prose"), ("digits", "word"))
 )
 _MIXTURE = FORMS + 3 * FORMS[2:3] + FORMS[:1]  # digits in prose are the slowest to be learned
 _SHORTEST_TOK, _BIN_TOK = 36, 24
+RECIPE = TinyTraining(optimizer="muon", settling=80, learning_rate=2e-3)
 
 
 @dataclasses.dataclass

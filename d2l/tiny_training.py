@@ -14,11 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .muon import Muon
 
 IGNORED = -100
 Row = tuple[list[int], list[tuple[int, int]]]
@@ -55,9 +57,11 @@ class TinyTraining:
 
     A level is earned when the running exact match passes ``earned_at``.  From the last level, or
     after ``growing`` steps, the learning rate falls to zero over ``settling`` steps.
-    ``text_weight`` weighs the plain language-model loss on the text.
+    ``text_weight`` weighs the plain language-model loss on the text.  ``optimizer`` "muon" moves
+    all matrices but the embedding by `muon.Muon`.
     """
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
     growing: int = 1000
     settling: int = 200
     batch: int = 32
@@ -86,12 +90,7 @@ def train_tiny(
     started = time.process_time()
     model: Any = task.build(seed)
     model.to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=recipe.weight_decay,
-    )
+    optimizer = optimizer_of(model, recipe)
     pad = task.tokenizer.pad_token_id
     level, running, settled, step = 0, 0.0, 0, 0
     while settled < recipe.settling:
@@ -129,6 +128,20 @@ def train_tiny(
     measured["accuracy"] = task.measure(model.eval())
     _save(Path(out_dir), model, task, measured)
     return measured
+
+
+def optimizer_of(model: Any, recipe: TinyTraining) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser of a base; norms and the embedding are no matrices to Muon."""
+    made_by = {"adamw": torch.optim.AdamW, "muon": Muon}[recipe.optimizer]
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, p in model.named_parameters():
+        groups[p.ndim == 2 and "embed" not in name].append(p)
+    return made_by(
+        [{"params": ps, "matrices": matrices} for matrices, ps in groups.items()],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=recipe.weight_decay,
+    )
 
 
 def pad_rows(rows: Sequence[Row], pad: int, device: str) -> tuple[Tensor, Tensor]:

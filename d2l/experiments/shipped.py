@@ -11,14 +11,13 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 
+from .. import tiny_needle, tiny_qa
 from ..artifacts import build_dir, paper_dir, write_text
 from ..checkpoint import load_model, save_model
 from ..config import ChunkConfig, HypernetConfig, config_id, flatten, from_dict, to_dict
 from ..lm.base import LanguageModel, load_base, native_dtype
 from ..model import DocToLoRA
-from ..tiny_needle import NeedleTask
-from ..tiny_qa import RECIPE, QaTask
-from ..tiny_training import TinyTraining, train_tiny
+from ..tiny_training import train_tiny
 from ..train import Patience, TrainConfig, read_curve
 from .base import need_gpu_and_model
 
@@ -53,7 +52,10 @@ Trainer = Callable[[R, LanguageModel, Path], DocToLoRA]
 Card = Callable[[R, DocToLoRA, Curve, str], str]
 _GPU_TOK = 1 << 16
 """Tokens encoded at once in training on a GPU, where many small passes wait for the host."""
-FROM_SCRATCH = {"tiny": (NeedleTask, TinyTraining()), "tiny-qa": (QaTask, RECIPE)}
+FROM_SCRATCH = {
+    "tiny": (tiny_needle.NeedleTask, tiny_needle.RECIPE),
+    "tiny-qa": (tiny_qa.QaTask, tiny_qa.RECIPE),
+}
 
 
 def load(wanted: TrainedRun) -> LanguageModel:

@@ -7,11 +7,12 @@ from transformers import AutoTokenizer
 from d2l.lm import vocabulary
 from d2l.lm.base import chat_affixes, load_base, render_chat, shipped_base
 from d2l.lm.tiny import build_model, build_tokenizer, look_back, needle_vocabulary
-from d2l.tiny_needle import NeedleTask
-from d2l.tiny_training import TinyTraining, train_tiny
+from d2l.tiny_needle import RECIPE, NeedleTask
+from d2l.tiny_training import TinyTraining, optimizer_of, train_tiny
 
 DOCUMENT = "Soon, the tall baker slept.\nThe special magic number is 0482.\nThere and back again."
 TOY = TinyTraining(growing=1, settling=2, batch=4)
+BY_MUON = TinyTraining(growing=1, settling=2, batch=4, optimizer="muon")
 SHORT = {"start_tok": 40, "max_tok": 60}
 
 
@@ -57,17 +58,31 @@ def test_same_seed_same_weights():
     assert not torch.equal(first, other)
 
 
-def test_training_writes_a_whole_folder_and_repeats_itself(tmp_path, monkeypatch):
+@pytest.mark.parametrize("recipe", [TOY, BY_MUON], ids=lambda recipe: recipe.optimizer)
+def test_training_writes_a_whole_folder_and_repeats_itself(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(NeedleTask, "measure", lambda *_: {"repeat/digits": {100: 0.5}})
     losses = []
     for name in ("one", "two"):
         folder = tmp_path / name
-        train_tiny(NeedleTask(**SHORT), folder, 0, TOY, report=lambda *step: losses.append(step))
+        train_tiny(NeedleTask(**SHORT), folder, 0, recipe, report=lambda *step: losses.append(step))
     assert losses[:3] == losses[3:]
     one, two = load_base(str(tmp_path / "one")), load_base(str(tmp_path / "two"))
     assert one.fingerprint == two.fingerprint
     assert "| repeat/digits | 0.50 |" in (tmp_path / "one" / "README.md").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_muon_moves_every_matrix_but_the_embedding():
+    model = build_model(0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = optimizer_of(model, RECIPE)
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    by_muon = {n for n, p in model.named_parameters() if "momentum" in optimizer.state[p]}
+    assert by_muon == {n for n in before if n.endswith("_proj.weight")} != set()
+    assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
 def test_a_broken_write_leaves_the_old_folder(tmp_path, monkeypatch):
