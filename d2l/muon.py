@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-RMS_OF_ADAMW = 0.2
+Optimizer = Literal["adamw", "muon"]
 
 
 class Muon(torch.optim.AdamW):
@@ -40,7 +40,7 @@ class Muon(torch.optim.AdamW):
                 if not state:  # AdamW expects a step in every state that it loads
                     state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
                 p.grad.add_(state["momentum"].mul_(self.momentum).add_(p.grad), alpha=self.momentum)
-                size = RMS_OF_ADAMW * math.sqrt(max(p.shape[-2:]))
+                size = 0.2 * math.sqrt(max(p.shape[-2:]))  # 0.2: RMS of AdamW's steps
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(orthogonal(p.grad), alpha=group["lr"] * size)
                 p.grad = None
@@ -60,3 +60,6 @@ def orthogonal(x: Float[Tensor, "*stack row col"]) -> Float[Tensor, "*stack row 
         square = y @ y.mT
         y = a * y + (b * square + c * square @ square) @ y
     return y if wide is x else y.mT
+
+
+OPTIMIZERS: dict[Optimizer, type[torch.optim.AdamW]] = {"adamw": torch.optim.AdamW, "muon": Muon}

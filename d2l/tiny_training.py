@@ -14,13 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .muon import Muon
+from .muon import OPTIMIZERS, Optimizer
 
 IGNORED = -100
 Row = tuple[list[int], list[tuple[int, int]]]
@@ -61,7 +61,7 @@ class TinyTraining:
     all matrices but the embedding by `muon.Muon`.
     """
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Optimizer = "adamw"
     growing: int = 1000
     settling: int = 200
     batch: int = 32
@@ -131,12 +131,11 @@ def train_tiny(
 
 
 def optimizer_of(model: Any, recipe: TinyTraining) -> torch.optim.Optimizer:
-    """Return the recipe's optimiser of a base; norms and the embedding are no matrices to Muon."""
-    made_by = {"adamw": torch.optim.AdamW, "muon": Muon}[recipe.optimizer]
+    """Return the recipe's optimiser of ``model``; its norms and embedding are AdamW's anyway."""
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, p in model.named_parameters():
         groups[p.ndim == 2 and "embed" not in name].append(p)
-    return made_by(
+    return OPTIMIZERS[recipe.optimizer](
         [{"params": ps, "matrices": matrices} for matrices, ps in groups.items()],
         lr=recipe.learning_rate,
         betas=(0.9, 0.99),

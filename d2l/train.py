@@ -31,7 +31,7 @@ from .lm.hooks import applied, decoder_of
 from .lora import ChunkLora, LoraBatch, route_rows
 from .losses import Averaging, average, lora_l1, shift
 from .model import DocToLoRA
-from .muon import Muon
+from .muon import OPTIMIZERS, Optimizer
 
 _EVERY_STEP = {"step", "loss", "l1", "train_exact", "grad_norm", "lr", "level"}
 _NO_DECAY = ("scaler", "bias", "norm", "latents", "gate_weight", "gain")
@@ -58,7 +58,7 @@ class TrainConfig:
     steps: int = 1000
     docs_per_step: int = 32
     docs_per_micro_batch: int = 32
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Optimizer = "adamw"
     lr: float = 4e-5
     min_lr: float = 1e-7
     warmup: int = 100
@@ -232,9 +232,8 @@ def train(
             f"docs_per_step {config.docs_per_step} must be a multiple of the {n_proc} processes"
         )
     objective = Objective(model, config)
-    made_by = {"adamw": torch.optim.AdamW, "muon": Muon}[config.optimizer]
     groups = parameter_groups(objective, config.weight_decay)
-    optimizer = made_by(groups, lr=config.lr, betas=config.betas)
+    optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.lr, betas=config.betas)
     identity = config_id(config) + config_id(model.config)
     start, pace = _resume(run_dir, identity, objective, optimizer, _Pace(config))
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
