@@ -53,7 +53,7 @@ EXPERIMENTS = {
             default_scale="small",
             cost={
                 "smoke": "half a minute",
-                "tiny": "7 to 9 min; with --retrain 18, everything from scratch",
+                "tiny": "7 to 11 min; with --retrain 18, everything from scratch",
                 "small": "12 min with bfloat16 instructions, 19 without; shipped hypernetwork",
                 "paper": "one GPU; training took the authors about 3 h on an H200",
             },
