@@ -72,10 +72,11 @@ _TINY = {
         vocabulary="closed", max_facts=8, queries_per_doc=4, words="all", rivals=False
     ),
     "train": TrainConfig(
-        steps=1200, docs_per_step=32, docs_per_micro_batch=32, lr=2e-3, betas=(0.9, 0.98),
+        steps=500, docs_per_step=32, docs_per_micro_batch=32, optimizer="muon", lr=2e-3,
+        betas=(0.9, 0.98),
         warmup=50,
-        curriculum=400,
-        eval_every=250,
+        curriculum=160,
+        eval_every=100,
     ),
     "eval": FactEval(
         n_facts=(1, 4, 8, 16), n_docs=(40,) * 4, n_slow=4, cd_lr=5e-3
