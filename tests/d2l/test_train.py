@@ -106,8 +106,12 @@ def in_two_processes(folder: Path, **environment) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(finished, tmp_path):
-    in_two_processes(tmp_path / "two")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_give_the_losses_of_one(finished, tmp_path, optimizer):
+    in_two_processes(tmp_path / "two", TINY_OPTIMIZER=optimizer)
+    if optimizer != "adamw":
+        finished = tmp_path / "one"
+        train_tiny.run(finished, optimizer=optimizer)
     for one, two in zip(curve(finished), curve(tmp_path / "two"), strict=True):
         for column in ("loss", "l1", "train_exact"):
             assert float(two[column]) == pytest.approx(float(one[column]), abs=1e-5), column

@@ -88,4 +88,6 @@ def die_halfway(save):
 if __name__ == "__main__":
     patience = int(os.environ.get("TINY_PATIENCE", "0"))  # what is watched falls from the start
     dropout = float(os.environ.get("TINY_DROPOUT", "0"))
-    run(Path(sys.argv[1]), *sys.argv[2:], dropout=dropout, patience=patience)
+    optimizer = os.environ.get("TINY_OPTIMIZER", "adamw")
+    changes = {"patience": patience, "optimizer": optimizer}
+    run(Path(sys.argv[1]), *sys.argv[2:], dropout=dropout, **changes)
