@@ -140,7 +140,7 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={
                 "smoke": "half a minute",
-                "tiny": "5 min, after 40 min of training two hypernetworks",
+                "tiny": "5 min, after 20 min of training two hypernetworks",
                 "paper": "training two hypernetworks, days on 8 H200",
             },
             module="d2l.experiments.tab5",
@@ -151,7 +151,7 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={
                 "smoke": "half a minute",
-                "tiny": "5 min, after an hour of training three hypernetworks",
+                "tiny": "5 min, after 35 min of training three hypernetworks",
                 "paper": "training two hypernetworks, days on 8 H200",
             },
             module="d2l.experiments.tab6",
@@ -162,7 +162,7 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={
                 "smoke": "half a minute",
-                "tiny": "9 min, after an hour of training three hypernetworks",
+                "tiny": "9 min, after half an hour of training three hypernetworks",
                 "paper": "training two hypernetworks, days on 8 H200",
             },
             module="d2l.experiments.tab7",
