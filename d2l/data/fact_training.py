@@ -11,7 +11,7 @@ import multiprocessing
 import random
 import re
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Literal
 
 from ..chunking import fewest_chunks, sample_chunks, split
@@ -38,7 +38,8 @@ class FactStream:
     several chunks when ``cut_share`` is above 0 (stage 2 of the paper's training).  ``mix`` gives
     public sets (`TRAINING_SETS`) a share of the documents: weights against 1 for the encyclopedia.
     Of the latter queries are ``questions``, or ``sentences`` of the document that leave out the
-    answer (see `gaps`); the documents are the same.
+    answer (see `gaps`); the documents are the same.  A share ``in_place`` of the passages of public
+    sets is asked about in its own words (see `passages.asked_in_place`).
     """
 
     vocabulary: str = "open"
@@ -53,6 +54,7 @@ class FactStream:
     cut_share: float = 0.0
     mix: dict[str, float] = dataclasses.field(default_factory=dict)
     queries: Literal["questions", "sentences"] = "questions"
+    in_place: float = 0.0
 
 
 def titles_for(name: str, part: Literal["train", "watch", "test"]) -> list[Record]:
@@ -94,7 +96,7 @@ class FactTraining:
             known = ("", *s.mix)
             name = rng.choices(known, (1.0, *s.mix.values()))[0]
             if name:
-                return self._passages[name].sample(rng, level, s.queries_per_doc)
+                return self._passages[name].sample(rng, level, s.queries_per_doc, s.in_place)
         most = 1 + round(level * (s.max_facts - 1))
         n_facts = most if rng.random() < 0.5 else rng.randint(1, most)
         kinds = s.kinds if level > 0.5 and i % 2 else ("recall",)
@@ -150,21 +152,29 @@ def gaps(record: Record, n: int, rng: random.Random) -> Record:
 class FactPool:
     """A stream drawn by ``n_workers`` processes, for machines that train faster than one draws.
 
-    ``args`` are those of `FactTraining`.  The documents are the same, in the same order.
+    ``args`` are those of `FactTraining`.  The documents are the same, in the same order.  Those of
+    the next step, at the same level, are drawn ahead.
     """
 
     def __init__(self, n_workers: int, *args: Any) -> None:
         self.n_workers = n_workers
+        self._ahead: dict[tuple[int, tuple[int, ...], float], list[Future[list[Drawn]]]] = {}
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(n_workers, context, _open_stream, args)
 
     def drawn(self, step: int, of: Iterable[int], level: float = 1.0) -> list[Drawn]:
         """Return what `FactTraining.drawn` returns."""
-        numbers, n = list(of), self.n_workers
-        size = max(1, math.ceil(len(numbers) / n))
+        numbers = tuple(of)
+        parts = self._ahead.get((step, numbers, level)) or self._submit(step, numbers, level)
+        self._ahead = {(step + 1, numbers, level): self._submit(step + 1, numbers, level)}
+        return [pair for part in parts for pair in part.result()]
+
+    def _submit(
+        self, step: int, numbers: tuple[int, ...], level: float
+    ) -> list[Future[list[Drawn]]]:
+        size = max(1, math.ceil(len(numbers) / self.n_workers))
         parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-        found = self._pool.map(_draw, [step] * len(parts), parts, [level] * len(parts))
-        return [pair for part in found for pair in part]
+        return [self._pool.submit(_draw, step, part, level) for part in parts]
 
     def close(self) -> None:
         """End the processes."""

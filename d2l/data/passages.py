@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from .record import Question, Record
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])")
+_NAME = re.compile(r"[A-Z]\w[\w'-]*|\d[\d,.]*\d|\d")
+_LONGEST, _AROUND = 4, 10
+"""Words of an answer, and of what is kept on each side of it, at most."""
 
 
 class Passages:
@@ -29,11 +32,14 @@ class Passages:
         if not self._passages:
             raise ValueError(f"none of {len(records)} records has its answers in its document")
 
-    def sample(self, rng: random.Random, level: float, n_questions: int) -> Record:
+    def sample(
+        self, rng: random.Random, level: float, n_questions: int, in_place: float = 0.0
+    ) -> Record:
         """Draw a record of one sentence at level 0, of up to all of them at level 1.
 
         Half of the records have the most sentences that the level allows.  The sentences are
-        consecutive and answer at least one of the (up to ``n_questions``) questions.
+        consecutive and answer at least one of the (up to ``n_questions``) questions.  A share
+        ``in_place`` of the records are asked about in their own words instead (`asked_in_place`).
         """
         passage = self._passages[int(rng.random() * len(self._passages))]
         n = len(passage.sentences)
@@ -44,6 +50,9 @@ class Passages:
         there = range(start, start + size)
         questions = [q for q, sentence in passage.questions if sentence in there]
         rng.shuffle(questions)
+        if in_place and rng.random() < in_place:
+            chosen = (passage.sentences[rng.choice(there)] for _ in range(n_questions))
+            questions = [q for s in chosen if (q := asked_in_place(s, rng))] or questions
         return dataclasses.replace(
             passage.record,
             document=" ".join(passage.sentences[start : start + size]),
@@ -65,6 +74,48 @@ class _Passage:
             if holding:
                 best = max(holding, key=lambda i: len(asked & words[i]))
                 self.questions.append((question, best))
+
+
+def asked_in_place(sentence: str, rng: random.Random) -> Question | None:
+    """Ask for a name, a number or a word of a sentence by putting a question word in its place.
+
+    Of the words on either side up to `_AROUND` are kept, three in all where there are so many.
+    Returns None for a sentence of fewer than five words, one without anything to ask for, and where
+    the words that are kept say the answer.
+
+    >>> q = asked_in_place("A castle was built by Ann Lee in 1190.", random.Random(8))
+    >>> q.text, q.answers
+    ('A castle was built by who or what in 1190?', ('Ann Lee',))
+    """
+    words = sentence.split()
+    bare = [w.strip('.,;:!?()[]"') for w in words]
+    named = [i for i, w in enumerate(bare) if _NAME.fullmatch(w) and (i or w[0].isdigit())]
+    plain = [i for i, w in enumerate(bare) if i and len(w) > 4 and w.isalpha()]
+    pool = named if named and (rng.random() < 0.75 or not plain) else plain
+    if len(words) < 5 or not pool:
+        return None
+    first = last = rng.choice(pool)
+    while first - 1 in named and bare[first - 1] == words[first - 1] and last - first < _LONGEST:
+        first -= 1
+    while last + 1 in named and bare[last] == words[last] and last - first < _LONGEST:
+        last += 1
+    left = rng.randint(0, min(first, _AROUND))
+    right = rng.randint(0, min(len(words) - last - 1, _AROUND))
+    if left + right < 3:
+        left, right = min(first, _AROUND), min(len(words) - last - 1, _AROUND)
+    before, after = words[first - left : first], words[last + 1 : last + 1 + right]
+    answer = " ".join([*words[first:last], bare[last]]).lstrip('(["')
+    if not answer or answer in " ".join([*before, *after]):
+        return None
+    tail = words[last][len(bare[last]) :] if right and words[last].startswith(bare[last]) else ""
+    asked = " ".join([*before, _question_word(answer) + tail, *after]).rstrip(".,;:!?")
+    return Question(f"{asked}?", (answer,), "in_place")
+
+
+def _question_word(answer: str) -> str:
+    if year := re.search(r"\b(1\d{3}|20\d\d)\b", answer):
+        return "what year" if year[0] == answer else "when"
+    return "how many" if answer[0].isdigit() else "who or what" if answer[0].isupper() else "what"
 
 
 def _words(text: str) -> list[str]:

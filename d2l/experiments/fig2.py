@@ -122,12 +122,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "small": {
         "base": "smollm2-135m",
-        "hypernet.encoder.layer_idx": 8,
+        "hypernet.encoder": EncoderConfig("early_exit", 8, next_token=True, unit_scale=True),
         "hypernet.perceiver": PerceiverConfig(
-            d_latent=192, n_latents=48, n_blocks=3, n_heads=4, n_kv_heads=2, d_head=64,
-            projection_factor=2,
+            d_latent=128, n_latents=16, n_blocks=1, n_heads=4, n_kv_heads=2, d_head=32,
+            projection_factor=0,
         ),
-        "hypernet.lora": LoraConfig(rank=4, scale=4.0, layers=tuple(range(18, 30))),
+        "hypernet.d_copy": 192,
+        "hypernet.say_next": True,
+        "hypernet.lora": LoraConfig(rank=8, scale=64.0, layers=(18, 21, 24, 27)),
+        "hypernet.per_layer_processing": False,
+        "hypernet.use_bias": False,
         "hypernet.chunk_gate": True,
         "chunk": ChunkConfig(max_tok=512, min_tok=8),
         "stream": NeedleStream(
@@ -135,10 +139,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             word_share=0.3,
         ),
         "train": TrainConfig(
-            steps=2400, docs_per_step=32, docs_per_micro_batch=32, lr=1e-3, betas=(0.9, 0.98),
+            steps=600, docs_per_step=32, docs_per_micro_batch=32, lr=1e-3, betas=(0.9, 0.98),
             warmup=50,
-            curriculum=500,
-            eval_every=500,
+            curriculum=150,
+            eval_every=300,
         ),
         "eval": NeedleEval(
             lengths=tuple(64 * 2**i for i in range(12)),

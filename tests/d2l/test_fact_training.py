@@ -73,7 +73,9 @@ def test_several_processes_draw_the_same_documents_in_the_same_order(base):
     plain = stream(base, max_facts=3)
     pool = FactPool(2, base.tokenizer, plain.stream, plain.chunk, plain.seed)
     try:
-        assert pool.drawn(4, range(5), 1.0) == plain.drawn(4, range(5), 1.0)
+        for step, n, level in ((4, 5, 1.0), (5, 5, 1.0), (6, 5, 0.0), (7, 3, 0.0), (2, 5, 1.0)):
+            drawn = pool.drawn(step, range(n), level)
+            assert drawn == plain.drawn(step, range(n), level), (step, n, level)
     finally:
         pool.close()
 
@@ -87,6 +89,22 @@ def titled(monkeypatch):
     ]
     monkeypatch.setattr(fact_training, "load", lambda *_, **__: records)
     return records
+
+
+def test_the_next_step_is_drawn_ahead_at_the_same_level(base, monkeypatch):
+    plain = stream(base)
+    pool = FactPool(1, base.tokenizer, plain.stream, plain.chunk, plain.seed)
+    asked, submit = [], pool._submit
+    monkeypatch.setattr(pool, "_submit", lambda *key: asked.append(key) or submit(*key))
+    try:
+        for step, level in ((0, 0.5), (1, 0.5), (2, 1.0)):
+            pool.drawn(step, range(2), level)
+    finally:
+        pool.close()
+    of = (0, 1)
+    assert asked == [
+        (0, of, 0.5), (1, of, 0.5), (2, of, 0.5), (2, of, 1.0), (3, of, 1.0)
+    ]  # fmt: skip
 
 
 def test_titles_for_training_watching_and_tests_are_apart(titled):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from d2l.data.passages import Passages
+from d2l.data.passages import Passages, asked_in_place
 from d2l.data.record import Question, Record
 
 TEXT = 'In 1901 Ann came to Rome. "Why?" asked Bob. He left in 1902, as Dr. Cole said. Ann stayed!'
@@ -51,3 +51,76 @@ def test_no_more_questions_than_asked_for_and_the_record_is_not_lost():
 def test_records_without_their_answers_are_named():
     with pytest.raises(ValueError, match="none of 1 records"):
         passages(Question("Who?", ("Zoe",)))
+
+
+SENTENCE = "The old castle of Kirkwall was built by Ann Lee-Cole in 1190, and sold to 3,000 men."
+
+
+def test_what_is_asked_in_place_can_be_put_back():
+    """The question word stands exactly where the answer stood, among words of the sentence."""
+    seen = set()
+    for seed in range(300):
+        question = asked_in_place(SENTENCE, random.Random(seed))
+        assert question is not None
+        (answer,) = question.answers
+        (word,) = [w for w in ("who or what", "how many", "what year") if w in question.text] or [
+            "what"
+        ]
+        back = question.text.removesuffix("?").replace(word, answer, 1)
+        assert back in SENTENCE
+        assert len(back.split()) - len(answer.split()) >= 3
+        seen.add((word, answer))
+    assert {
+        ("who or what", "Kirkwall"), ("who or what", "Ann Lee-Cole"), ("what year", "1190"),
+        ("how many", "3,000"), ("what", "castle"),
+    } <= seen  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sentence", "answers"),
+    [
+        ("", set()),
+        ("Ann saw Bob there.", set()),
+        ("so it is as it was", set()),
+        ("we met Ann, Ann met us", set()),
+        ("¿Dónde está ella en Österreich?", {"Österreich"}),
+        ('they met in "1,200.5" of (May)', {"1,200.5", "May"}),
+        ("it was on 31 October 2005 that", {"31 October 2005"}),
+    ],
+)
+def test_what_can_be_asked_for(sentence, answers):
+    found = [asked_in_place(sentence, random.Random(seed)) for seed in range(80)]
+    assert {q.answers[0] for q in found if q} == answers
+
+
+def test_a_date_is_asked_for_by_when():
+    asked = asked_in_place("it was on 31 October 2005 that", random.Random(1))
+    assert asked is not None
+    assert " when " in asked.text
+
+
+def test_a_share_of_the_passages_is_asked_about_in_its_own_words():
+    long = Passages([Record(SENTENCE, (Question("Who built it?", ("Ann Lee-Cole",)),))])
+
+    def kinds(share):
+        rng = random.Random(3)
+        drawn = [long.sample(rng, 1.0, 3, share) for _ in range(200)]
+        return [q.kind == "in_place" for r in drawn for q in r.questions]
+
+    assert not any(kinds(0.0))
+    assert all(kinds(1.0))
+    assert 0.6 < sum(kinds(0.5)) / len(kinds(0.5)) < 0.9  # three such questions or the one
+
+
+def test_a_record_keeps_its_questions_where_nothing_can_be_asked_in_place():
+    short = Passages([Record("Ann stayed!", (Question("Who stayed?", ("Ann",)),))])
+    (question,) = short.sample(random.Random(0), 0.0, 3, 1.0).questions
+    assert question.kind == "recall"
+
+
+def test_without_a_share_the_draw_is_as_before():
+    one, other = (
+        [passages().sample(random.Random(i), 0.5, 3, *share) for i in range(9)]
+        for share in ((), (0.0,))
+    )
+    assert one == other
