@@ -369,7 +369,8 @@ def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
     s, t = wanted.stream, wanted.train
     level = last["level"]
     mixed = "".join(
-        f"\n  Mixed with passages of {name}, weight {weight:g} against 1 (its titles for training)."
+        f"\n  Mixed with passages of {name}, weight {weight:g} against 1 (its titles for training),\n"
+        f"  {s.in_place:.0%} of them asked about in their own words."
         for name, weight in s.mix.items()
     )
     return f"""# Fact hypernetwork for {wanted.base} ({which}, seed {t.seed})

@@ -112,6 +112,22 @@ def test_titles_for_training_watching_and_tests_are_apart(titled):
     assert parts == {"train": titled[:5], "watch": titled[5:10], "test": titled[10:]}
 
 
+def test_the_training_split_of_a_set_is_watched_and_tested_on_the_same_titles(monkeypatch):
+    def load(name, split, **_):
+        asked = (Question("what?", (split,)),)
+        return [Record(f"{name} {split}", asked, title=f"{split}{i}") for i in range(20)]
+
+    monkeypatch.setattr(fact_training, "load", load)
+    titles = {
+        (name, part): {r.title for r in titles_for(name, part)}
+        for name in fact_training.TRAINING_SETS
+        for part in ("train", "watch", "test")
+    }
+    assert titles["squad/train", "train"] == {f"train{i}" for i in range(20)}
+    for part in ("watch", "test"):
+        assert titles["squad/train", part] == titles["squad", part]
+
+
 def test_a_share_of_the_documents_comes_from_public_sets(base, titled):
     drawn = stream(base, mix={"squad": 3.0}).records(0, 200)
     passages = [r for r in drawn if r.title in {t.title for t in titled}]
