@@ -140,7 +140,7 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={
                 "smoke": "half a minute",
-                "tiny": "5 min, after 20 min of training two hypernetworks",
+                "tiny": "12 min, after an hour of training six hypernetworks",
                 "paper": "training two hypernetworks, days on 8 H200",
             },
             module="d2l.experiments.tab5",

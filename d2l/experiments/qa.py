@@ -53,9 +53,9 @@ class QaExperiment:
     ``variants`` names what is compared: each is the recipe of figure 3 with some dotted keys
     changed, and becomes the ``part`` of series *d2l*.  Without variants the methods of ``series``
     (None: all) are asked with the weights that ship, those of ``again`` with every training seed.
-    At most ``most_seeds`` training seeds are compared.  ``sets`` of questions, each a change to the
-    evaluation, are asked one after another; those of ``public`` instead at scales with a pretrained
-    base.  ``changes`` are made to the recipe of a scale first, as a rule to its evaluation.
+    ``sets`` of questions, each a change to the evaluation, are asked one after another; those of
+    ``public`` instead at scales with a pretrained base.  ``changes`` are made to the recipe of a
+    scale first, as a rule to its evaluation.
     """
 
     id: str
@@ -66,7 +66,6 @@ class QaExperiment:
     public: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
     changes: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
     again: tuple[str, ...] = AGAIN
-    most_seeds: int = 3
     measure: Measure = measure
 
     @property
@@ -156,7 +155,6 @@ class QaExperiment:
             return
         usual = asked.scale != "smoke" and asked.seed == 0 and not asked.overrides
         seeds = (shipped_seeds(SHIPS, asked.scale) if usual else []) or [asked.seed]
-        seeds = seeds[: self.most_seeds]
         for i, (part, changes) in enumerate(self.variants.items()):
             for j, seed in enumerate(seeds):
                 wanted, found = self.models(asked, changes, seed, retrain=retrain)

@@ -12,7 +12,6 @@ from .qa import QaExperiment
 TABLE = QaExperiment(
     "tab5",
     draw=draw_by_facts,
-    most_seeds=1,
     variants={
         "with QA data": {"stream.forms": "all"},
         "without QA data": {},
