@@ -66,7 +66,7 @@ def titles_for(name: str, part: Literal["train", "watch", "test"]) -> list[Recor
     another set than `TRAINING_SETS` and for one without enough titles.
     """
     if name not in TRAINING_SETS:
-        raise ValueError(f"{name} is for tests alone, trained on may be {', '.join(TRAINING_SETS)}")
+        raise ValueError(f"{name} is not for training, only {', '.join(TRAINING_SETS)}")
     name, _, split = name.partition("/")
     if split and part == "train":
         return load(name, split, drop_bad=True)
@@ -76,9 +76,16 @@ def titles_for(name: str, part: Literal["train", "watch", "test"]) -> list[Recor
 
 
 class FactTraining:
-    """Build the examples of one step for one tokenizer."""
+    """Build the examples of one step for one tokenizer.
+
+    Raises ValueError for a share or a weight out of range, and what `titles_for` raises.
+    """
 
     def __init__(self, tokenizer: Any, stream: FactStream, chunk: ChunkConfig, seed: int) -> None:
+        if not 0 <= stream.in_place <= 1:
+            raise ValueError(f"in_place is a share, 0 to 1, not {stream.in_place}")
+        if low := {name: weight for name, weight in stream.mix.items() if not weight > 0}:
+            raise ValueError(f"the weights of mix must be above 0, not {low}")
         self.stream, self.chunk, self.seed = stream, chunk, seed
         self._tokenizer = tokenizer
         self._generator = EncyclopediaGenerator(
@@ -169,7 +176,10 @@ class FactPool:
     def drawn(self, step: int, of: Iterable[int], level: float = 1.0) -> list[Drawn]:
         """Return what `FactTraining.drawn` returns."""
         numbers = tuple(of)
-        parts = self._ahead.get((step, numbers, level)) or self._submit(step, numbers, level)
+        parts = self._ahead.pop((step, numbers, level), None)
+        for stale in (part for parts_ahead in self._ahead.values() for part in parts_ahead):
+            stale.cancel()
+        parts = parts or self._submit(step, numbers, level)
         self._ahead = {(step + 1, numbers, level): self._submit(step + 1, numbers, level)}
         return [pair for part in parts for pair in part.result()]
 

@@ -11,8 +11,8 @@ from .record import Question, Record
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])")
 _NAME = re.compile(r"[A-Z]\w[\w'-]*|\d[\d,.]*\d|\d")
-_LONGEST, _AROUND = 4, 10
-"""Words of an answer, and of what is kept on each side of it, at most."""
+_MORE, _AROUND = 4, 10
+"""Words of an answer beyond its first, and words kept on each side of it, at most."""
 
 
 class Passages:
@@ -39,7 +39,8 @@ class Passages:
 
         Half of the records have the most sentences that the level allows.  The sentences are
         consecutive and answer at least one of the (up to ``n_questions``) questions.  A share
-        ``in_place`` of the records are asked about in their own words instead (`asked_in_place`).
+        ``in_place`` of the records are asked about in their own words instead (`asked_in_place`),
+        unless nothing can be asked so; the same question can come twice.
         """
         passage = self._passages[int(rng.random() * len(self._passages))]
         n = len(passage.sentences)
@@ -79,9 +80,10 @@ class _Passage:
 def asked_in_place(sentence: str, rng: random.Random) -> Question | None:
     """Ask for a name, a number or a word of a sentence by putting a question word in its place.
 
-    Of the words on either side up to `_AROUND` are kept, three in all where there are so many.
-    Returns None for a sentence of fewer than five words, one without anything to ask for, and where
-    the words that are kept say the answer.
+    Of the words on either side up to `_AROUND` are kept, at least three in all where there are so
+    many.  Quotes and brackets at the ends of the answer are left out.  Returns None for a sentence
+    of fewer than five words, one without anything to ask for, and where the words that are kept say
+    the answer.
 
     >>> q = asked_in_place("A castle was built by Ann Lee in 1190.", random.Random(8))
     >>> q.text, q.answers
@@ -95,9 +97,9 @@ def asked_in_place(sentence: str, rng: random.Random) -> Question | None:
     if len(words) < 5 or not pool:
         return None
     first = last = rng.choice(pool)
-    while first - 1 in named and bare[first - 1] == words[first - 1] and last - first < _LONGEST:
+    while first - 1 in named and bare[first - 1] == words[first - 1] and last - first < _MORE:
         first -= 1
-    while last + 1 in named and bare[last] == words[last] and last - first < _LONGEST:
+    while last + 1 in named and bare[last] == words[last] and last - first < _MORE:
         last += 1
     left = rng.randint(0, min(first, _AROUND))
     right = rng.randint(0, min(len(words) - last - 1, _AROUND))

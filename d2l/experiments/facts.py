@@ -146,8 +146,9 @@ def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
 @contextmanager
 def stream_of(source: tuple[Any, ...], device: torch.device) -> Iterator[FactTraining | FactPool]:
     """Draw documents in this process, beside a GPU in as many as there are cores to spare."""
+    here = FactTraining(*source)  # beside a GPU too: what is wrong with its data is said here
     if device.type == "cpu":
-        yield FactTraining(*source)
+        yield here
         return
     pool = FactPool(max(1, (os.cpu_count() or 1) - 2), *source)
     try:
@@ -369,10 +370,11 @@ def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
     s, t = wanted.stream, wanted.train
     level = last["level"]
     mixed = "".join(
-        f"\n  Mixed with passages of {name}, weight {weight:g} against 1 (its titles for training),\n"
-        f"  {s.in_place:.0%} of them asked about in their own words."
+        f"\n  Mixed with passages of {name}, weight {weight:g} against 1 (those for training)."
         for name, weight in s.mix.items()
     )
+    if s.mix and s.in_place:
+        mixed += f"\n  {s.in_place:.0%} of the passages are asked about in their own words."
     return f"""# Fact hypernetwork for {wanted.base} ({which}, seed {t.seed})
 
 Turns a document of the invented encyclopedia into LoRA factors for

@@ -105,11 +105,39 @@ def test_the_next_step_is_drawn_ahead_at_the_same_level(base, monkeypatch):
     assert asked == [
         (0, of, 0.5), (1, of, 0.5), (2, of, 0.5), (2, of, 1.0), (3, of, 1.0)
     ]  # fmt: skip
+    assert not pool._ahead or all(k[0] == 3 for k in pool._ahead)
 
 
 def test_titles_for_training_watching_and_tests_are_apart(titled):
     parts = {part: titles_for("squad", part) for part in ("train", "watch", "test")}
     assert parts == {"train": titled[:5], "watch": titled[5:10], "test": titled[10:]}
+
+
+@pytest.mark.parametrize(("share", "kinds"), [(0.0, {"recall"}), (1.0, {"in_place"})])
+def test_passages_are_asked_about_in_their_own_words(base, monkeypatch, share, kinds):
+    asked = (Question("who came?", ("Ann",)),)
+    records = [
+        Record("At noon on Sunday came Ann to see the old mill.", asked, title=f"t{i}")
+        for i in range(20)
+    ]
+    monkeypatch.setattr(fact_training, "load", lambda *_, **__: records)
+    drawn = stream(base, mix={"squad": 9.0}, in_place=share).records(0, 60)
+    assert {q.kind for r in drawn if "mill" in r.document for q in r.questions} == kinds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"in_place": 1.5}, r"in_place is a share, 0 to 1, not 1\.5"),
+        ({"in_place": -0.1}, "in_place"),
+        ({"mix": {"squad": -0.5}}, r"above 0, not \{'squad': -0\.5\}"),
+        ({"mix": {"squad": float("nan")}}, "above 0"),
+        ({"mix": {"ropes": 1.0}}, "ropes is not for training, only squad, squad/train"),
+    ],
+)
+def test_a_stream_that_cannot_be_is_refused_at_once(base, titled, options, message):
+    with pytest.raises(ValueError, match=message):
+        stream(base, **options)
 
 
 def test_the_training_split_of_a_set_is_watched_and_tested_on_the_same_titles(monkeypatch):
