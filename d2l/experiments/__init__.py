@@ -141,7 +141,7 @@ EXPERIMENTS = {
             cost={
                 "smoke": "half a minute",
                 "tiny": "12 min, after an hour of training six hypernetworks",
-                "paper": "training two hypernetworks, days on 8 H200",
+                "paper": "training three hypernetworks, days on 8 H200",
             },
             module="d2l.experiments.tab5",
         ),
