@@ -369,12 +369,8 @@ def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
     n_params = sum(p.numel() for p in model.hypernet.parameters())
     s, t = wanted.stream, wanted.train
     level = last["level"]
-    mixed = "".join(
-        f"\n  Mixed with passages of {name}, weight {weight:g} against 1 (those for training)."
-        for name, weight in s.mix.items()
-    )
-    if s.mix and s.in_place:
-        mixed += f"\n  {s.in_place:.0%} of the passages are asked about in their own words."
+    mixed = f"\n  Passages of public sets, by weight against 1: {s.mix}; {s.in_place:.0%} of them are"
+    mixed = f"{mixed}\n  asked about in their own words." if s.mix else ""
     return f"""# Fact hypernetwork for {wanted.base} ({which}, seed {t.seed})
 
 Turns a document of the invented encyclopedia into LoRA factors for
