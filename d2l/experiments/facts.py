@@ -369,7 +369,7 @@ def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
     n_params = sum(p.numel() for p in model.hypernet.parameters())
     s, t = wanted.stream, wanted.train
     level = last["level"]
-    mixed = f"\n  Passages of public sets, by weight against 1: {s.mix}; {s.in_place:.0%} of them are"
+    mixed = f"\n  Passages of public sets, by weight against 1: {s.mix}, {s.in_place:.0%} of them"
     mixed = f"{mixed}\n  asked about in their own words." if s.mix else ""
     return f"""# Fact hypernetwork for {wanted.base} ({which}, seed {t.seed})
 
