@@ -25,6 +25,8 @@ from .public import load, split_titles
 from .record import Question, Record
 
 Drawn = tuple[Record, Example]
+Wanted = tuple[int, tuple[int, ...], float]
+"""A step, the numbers of its documents, and the level of the curriculum."""
 TRAINING_SETS = ("squad", "squad/train")
 """Public sets of which a part may be trained on: SQuAD's development titles but the last 15, or
 its training split, which has 13 times as many paragraphs."""
@@ -169,23 +171,24 @@ class FactPool:
 
     def __init__(self, n_workers: int, *args: Any) -> None:
         self.n_workers = n_workers
-        self._ahead: dict[tuple[int, tuple[int, ...], float], list[Future[list[Drawn]]]] = {}
+        self._ahead: tuple[Wanted | None, list[Future[list[Drawn]]]] = None, []
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(n_workers, context, _open_stream, args)
 
     def drawn(self, step: int, of: Iterable[int], level: float = 1.0) -> list[Drawn]:
         """Return what `FactTraining.drawn` returns."""
-        numbers = tuple(of)
-        parts = self._ahead.pop((step, numbers, level), None)
-        for stale in (part for parts_ahead in self._ahead.values() for part in parts_ahead):
-            stale.cancel()
-        parts = parts or self._submit(step, numbers, level)
-        self._ahead = {(step + 1, numbers, level): self._submit(step + 1, numbers, level)}
+        wanted = (step, tuple(of), level)
+        ahead, parts = self._ahead
+        if ahead != wanted:
+            for part in parts:
+                part.cancel()
+            parts = self._submit(wanted)
+        following = (step + 1, *wanted[1:])
+        self._ahead = following, self._submit(following)
         return [pair for part in parts for pair in part.result()]
 
-    def _submit(
-        self, step: int, numbers: tuple[int, ...], level: float
-    ) -> list[Future[list[Drawn]]]:
+    def _submit(self, wanted: Wanted) -> list[Future[list[Drawn]]]:
+        step, numbers, level = wanted
         size = max(1, math.ceil(len(numbers) / self.n_workers))
         parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
         return [self._pool.submit(_draw, step, part, level) for part in parts]

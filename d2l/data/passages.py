@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from .record import Question, Record
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])")
-_NAME = re.compile(r"[A-Z]\w[\w'-]*|\d[\d,.]*\d|\d")
+_NAMED = re.compile(r"[A-Z]\w[\w'-]*|\d[\d,.]*\d|\d")  # a name or a number
 _MORE, _AROUND = 4, 10
 """Words of an answer beyond its first, and words kept on each side of it, at most."""
 
@@ -91,7 +91,7 @@ def asked_in_place(sentence: str, rng: random.Random) -> Question | None:
     """
     words = sentence.split()
     bare = [w.strip('.,;:!?()[]"') for w in words]
-    named = [i for i, w in enumerate(bare) if _NAME.fullmatch(w) and (i or w[0].isdigit())]
+    named = [i for i, w in enumerate(bare) if _NAMED.fullmatch(w) and (i or w[0].isdigit())]
     plain = [i for i, w in enumerate(bare) if i and len(w) > 4 and w.isalpha()]
     pool = named if named and (rng.random() < 0.75 or not plain) else plain
     if len(words) < 5 or not pool:

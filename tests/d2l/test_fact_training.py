@@ -1,6 +1,7 @@
 """The training stream of facts: documents that grow, queries that the documents answer."""
 
 import random
+from concurrent.futures import Future
 
 import pytest
 
@@ -91,21 +92,24 @@ def titled(monkeypatch):
     return records
 
 
-def test_the_next_step_is_drawn_ahead_at_the_same_level(base, monkeypatch):
-    plain = stream(base)
+def test_the_next_step_is_drawn_ahead_and_dropped_where_the_level_changes(base, monkeypatch):
+    plain, of, drawn = stream(base), (0, 1), {}
+    needed = [(0, of, 0.5), (1, of, 0.5), (2, of, 1.0)]
     pool = FactPool(1, base.tokenizer, plain.stream, plain.chunk, plain.seed)
-    asked, submit = [], pool._submit
-    monkeypatch.setattr(pool, "_submit", lambda *key: asked.append(key) or submit(*key))
-    try:
-        for step, level in ((0, 0.5), (1, 0.5), (2, 1.0)):
-            pool.drawn(step, range(2), level)
-    finally:
-        pool.close()
-    of = (0, 1)
-    assert asked == [
-        (0, of, 0.5), (1, of, 0.5), (2, of, 0.5), (2, of, 1.0), (3, of, 1.0)
-    ]  # fmt: skip
-    assert not pool._ahead or all(k[0] == 3 for k in pool._ahead)
+
+    def submit(wanted):
+        assert wanted not in drawn
+        drawn[wanted] = Future()
+        if wanted in needed:
+            drawn[wanted].set_result(plain.drawn(*wanted))
+        return [drawn[wanted]]
+
+    monkeypatch.setattr(pool, "_submit", submit)
+    for wanted in needed:
+        assert pool.drawn(*wanted) == plain.drawn(*wanted)
+    pool.close()
+    assert list(drawn) == [*needed[:2], (2, of, 0.5), (2, of, 1.0), (3, of, 1.0)]
+    assert [wanted for wanted, future in drawn.items() if future.cancelled()] == [(2, of, 0.5)]
 
 
 def test_titles_for_training_watching_and_tests_are_apart(titled):
