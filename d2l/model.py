@@ -23,12 +23,16 @@ from .hypernet import Hypernet, TargetShapes
 from .lm.base import LanguageModel, chat_affixes, render_chat
 from .lm.encoder import ContextEncoder
 from .lm.hooks import applied, instrument, is_merged, sites_of
+from .lm.rows import alike
 from .lm.stream import stream_text
 from .lora import ChunkLora, Delta, LoraBatch, route_rows
 from .reading import EMPTY, Document, Reading, sha256_of, title_of
 
 Prompt = str | Sequence[int]
 Adapters = Adapter | Sequence[Adapter | None] | None
+
+_READ_PER_RUN = 4
+"""Tokens of a group that the Perceiver may read for each that the encoder runs, chunks alike."""
 
 
 def target_shapes(base: LanguageModel, config: HypernetConfig) -> TargetShapes:
@@ -134,19 +138,31 @@ class DocToLoRA:
     def encode(self, chunks: Sequence[Sequence[int]], *, dedupe: bool = True) -> ChunkLora:
         """Compute the factors of every chunk; equal chunks are encoded once unless told not to."""
         distinct, where = unique(chunks) if dedupe else (chunks, list(range(len(chunks))))
-        groups = group_by_length([len(c) for c in distinct], self.tok_budget)
-        parts = [self._encode_group([distinct[i] for i in group]) for group in groups]
-        at = {i: (g, k) for g, group in enumerate(groups) for k, i in enumerate(group)}
+        longest = max(map(len, distinct))
+        rows = alike(distinct, 2 * longest) if dedupe else []
+        if len(rows) in (0, len(distinct)) or not self.encoder.shares(longest):
+            rows = [(len(c), [i]) for i, c in enumerate(distinct)]
+        read = [sum(len(distinct[i]) for i in row) for _, row in rows]
+        sizes = [max(n, m // _READ_PER_RUN) for (n, _), m in zip(rows, read, strict=True)]
+        groups = [[rows[r][1] for r in group] for group in group_by_length(sizes, self.tok_budget)]
+        parts = [self._encode_group([[distinct[i] for i in row] for row in g]) for g in groups]
+        listed = [[i for row in group for i in row] for group in groups]
+        at = {i: (g, k) for g, group in enumerate(listed) for k, i in enumerate(group)}
         return ChunkLora.pick(parts, [at[i] for i in where])
 
-    def _encode_group(self, chunks: Sequence[Sequence[int]]) -> ChunkLora:
-        tensors = [torch.tensor(c) for c in chunks]
+    def _encode_group(self, rows: Sequence[Sequence[Sequence[int]]]) -> ChunkLora:
+        tensors = [torch.tensor(c) for row in rows for c in row]
         read: list[Tensor | None] = []
-        segments = Segments.of(len(c) for c in chunks)
+        segments = Segments.of(map(len, tensors))
+        per_row = [len(row) for row in rows]
         dtype = self.reader.model.dtype
         half = dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.base.device.type, dtype if half else torch.bfloat16, enabled=half):
-            self.encoder(tensors, lambda f: read.append(self._read(f, segments, len(read))))
+            self.encoder(
+                tensors,
+                lambda f: read.append(self._read(f, segments, len(read))),
+                per_row=per_row,
+            )
             factors = self.hypernet.generate(self.hypernet.assemble(read))
         if torch.is_grad_enabled():
             return factors

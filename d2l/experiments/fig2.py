@@ -151,7 +151,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             n_context=(20, 10, 5, 3, 2),
             variant_lengths=(256,),
             n_variant=50,
-            batch=10,
+            batch=25,
             max_new_tokens=16,
         ),
     },

@@ -7,6 +7,8 @@ stops at the last layer that is needed and stores nothing that its consumer does
 from __future__ import annotations
 
 import copy
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from ..config import EncoderConfig
 from .hooks import applied, decoder_of
+from .rows import row_each, row_together
 
 Sink = Callable[[Tensor], None]
 
@@ -52,12 +55,20 @@ class ContextEncoder:
         self.layout = "packed" if "flash" in str(model.config._attn_implementation) else "padded"
 
     def __call__(
-        self, chunks: Sequence[Tensor], sink: Sink, *, layout: str | None = None
+        self,
+        chunks: Sequence[Tensor],
+        sink: Sink,
+        *,
+        layout: str | None = None,
+        per_row: Sequence[int] = (),
     ) -> Segments:
         """Encode ``chunks`` (1-D token ids) and call ``sink(feature)`` once per feature, in order.
 
         A feature has shape (tok, d_model), chunks one after another as the returned `Segments`
         says.  The model runs without gradient; ``sink`` runs in the caller's gradient mode.
+
+        The padded layout has a row for each chunk, or for as many at a time as ``per_row`` says:
+        what neighbours begin with is then computed once (where `shares` allows it).
 
         Raises ValueError for an empty list or an empty chunk.
         """
@@ -67,25 +78,16 @@ class ContextEncoder:
                 f"every chunk needs at least one token, got lengths {segments.lengths}"
             )
         device = self.model.get_input_embeddings().weight.device
-        longest = max(segments.lengths)
-        packed = (layout or self.layout) == "packed"
-        if packed:
-            ids = torch.cat(list(chunks))[None].to(device)
-            positions = torch.cat([torch.arange(n) for n in segments.lengths])[None].to(device)
-            inputs = {"input_ids": ids, "position_ids": positions}
-            keep = None
+        keep = None
+        if (layout or self.layout) == "packed":
+            positions = torch.cat([torch.arange(n) for n in segments.lengths])[None]
+            inputs = {"input_ids": torch.cat(list(chunks))[None], "position_ids": positions}
+        elif len(per_row) == len(chunks) or not per_row:
+            inputs, keep = row_each(chunks, segments)
         else:
-            ids = nn.utils.rnn.pad_sequence(list(chunks), batch_first=True).to(device)
-            inputs, keep = {"input_ids": ids}, None
-            if segments.equal_length is None:
-                starts = range(0, len(chunks) * longest, longest)
-                keep = torch.cat(
-                    [torch.arange(s, s + n) for s, n in zip(starts, segments.lengths, strict=True)]
-                ).to(device)
-                lengths = torch.tensor(segments.lengths, device=device)
-                inputs["attention_mask"] = (
-                    torch.arange(longest, device=device) < lengths[:, None]
-                ).long()
+            inputs, keep = row_together(chunks, per_row, self.model.dtype)
+        inputs = {name: t.to(device) for name, t in inputs.items()}
+        keep = None if keep is None else keep.to(device)
         grad = torch.is_grad_enabled()
         after = self._following(torch.cat(list(chunks)).to(device), segments)
 
@@ -100,6 +102,30 @@ class ContextEncoder:
         with torch.no_grad(), applied(self.model, None):
             self._run(inputs, emit)
         return segments
+
+    @functools.cached_property
+    def _branches(self) -> bool:
+        """Whether several chunks can stand in one row: tried on two, which recurrences fail."""
+        ids, exact = torch.arange(8), self.model.dtype in (torch.float32, torch.float64)
+        found: list[Tensor] = []
+        for per_row in ((), (2,)):
+            try:
+                self([ids, ids[[0, 1, 7]]], found.append, layout="padded", per_row=per_row)
+            except (TypeError, ValueError, RuntimeError):
+                return False
+        apart, together = found[len(found) // 2 - 1], found[-1]
+        off = (apart - together).float().norm() / apart.float().norm()
+        return bool(off < (1e-3 if exact else 5e-2))
+
+    def shares(self, longest: int) -> bool:
+        """Tell whether chunks of up to ``longest`` tokens can share a row of the padded layout.
+
+        Attention must take a mask of ours and reach as far as the chunks do.
+        """
+        config = self.model.config
+        reach = getattr(config.get_text_config(), "sliding_window", None) or math.inf
+        takes_mask = config._attn_implementation in ("sdpa", "eager")
+        return self.layout == "padded" and takes_mask and longest <= reach and self._branches
 
     @torch.no_grad()
     def _following(self, ids: Tensor, segments: Segments) -> Tensor | None:

@@ -82,13 +82,19 @@ def sites_of(model: Any) -> list[Site]:
 
 
 def instrument(model: Any) -> None:
-    """Register the hooks on every linear of every decoder layer; a second call does nothing."""
+    """Register the hooks on every linear of every decoder layer; a second call does nothing.
+
+    The output embedding gets its rows contiguous: of a slice, as generation takes it of a batch of
+    prompts, torch's bfloat16 product on CPUs copies the whole embedding for each row.
+    """
     if getattr(model, "_d2l_instrumented", False):
         return
     decoder, name = decoder_of(model)
     for index, layer in enumerate(getattr(decoder, name)):
         for module, linear in linears_of(layer).items():
             linear.register_forward_hook(_hook(model, index, module))
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     model._d2l_instrumented = True
 
 

@@ -133,3 +133,49 @@ def test_states_of_unit_scale_have_a_mean_square_of_one():
     for own, state in zip(features(model, config, ids), plain, strict=True):
         scaled = state / state.square().mean(1, keepdim=True).sqrt()
         torch.testing.assert_close(own[:, : state.shape[1]], scaled, rtol=1e-3, atol=1e-3)
+
+
+def nested_chunks(vocab=50):
+    """Chunks that begin alike, in lexical order, the last two alone: 4 + 1 + 1 of them a row."""
+    a, b, c = (x.tolist() for x in chunks(9, 4, 6, vocab=vocab))
+    return [torch.tensor(x) for x in (a[:6], a, [*a[:7], *b], [*a[:7], *b[:2]], c, [7])], (4, 1, 1)
+
+
+@pytest.mark.parametrize(("config", "n_run"), CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_in_one_row_do_not_see_each_other(family, config, n_run):
+    model, (ids, per_row) = language_model(family).model, nested_chunks()
+    encoder, found = ContextEncoder(model, config), []
+    assert encoder.shares(longest=11)
+    segments = encoder(ids, found.append, layout="padded", per_row=per_row)
+    assert segments.lengths == tuple(map(len, ids))
+    expected = reference(model, family, config.kind, ids, n_run)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_what_chunks_share_is_computed_once():
+    model, (ids, per_row) = language_model().model, nested_chunks()
+    n_tok = []
+    decoder, name = decoder_of(model)
+    getattr(decoder, name)[0].register_forward_hook(
+        lambda _, args, out: n_tok.append(out.shape[:2])
+    )
+    ContextEncoder(model, EncoderConfig())(ids, lambda _: None, per_row=per_row)
+    assert n_tok == [(3, 9 + 4)]  # of 6 + 9 + 11 + 9 tokens of the first row
+
+
+def test_rows_are_shared_only_where_that_changes_nothing():
+    hybrid = language_model("lfm2", layer_types=["conv", "full_attention", "conv"])
+    assert not ContextEncoder(hybrid.model, EncoderConfig()).shares(8)
+    eager = language_model().model
+    eager.set_attn_implementation("eager")
+    assert ContextEncoder(eager, EncoderConfig()).shares(8)
+    short = language_model("mistral", sliding_window=10).model
+    assert ContextEncoder(short, EncoderConfig()).shares(10)
+    assert not ContextEncoder(short, EncoderConfig()).shares(11)
+    flash = ContextEncoder(language_model().model, EncoderConfig())
+    flash.layout = "packed"
+    assert not flash.shares(8)
+    assert ContextEncoder(language_model().model.bfloat16(), EncoderConfig()).shares(8)

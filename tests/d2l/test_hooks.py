@@ -59,6 +59,17 @@ def test_hooks_are_registered_once_and_an_error_resets_them():
     assert len(calls) == 1
 
 
+def test_the_output_embedding_gets_its_rows_contiguous():
+    model = language_model().model
+    instrument(model)
+    ids, seen = torch.stack(chunks(5, 5)), []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _, args, out: seen.append(args[0].is_contiguous()))
+    last = model(input_ids=ids, logits_to_keep=1).logits
+    torch.testing.assert_close(last, model(input_ids=ids).logits[:, -1:])
+    assert seen == [True, True]
+
+
 def test_another_models_update_is_not_applied():
     one, other = language_model(seed=0).model, language_model(seed=1).model
     instrument(one)

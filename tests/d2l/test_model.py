@@ -41,6 +41,22 @@ def docs(model):
     return [dataclasses.replace(d, A=noise(d.A), B=noise(d.B)) for d in read]
 
 
+def test_documents_that_begin_alike_are_read_as_if_alone(model):
+    """Equal chunks, chunks within chunks, chunks that part halfway, and one of its own."""
+    pieces = [list(range(3, 11)), list(range(3, 9)), [*range(3, 9), 20, 21], [30, 31, 32]]
+    chunks = [pieces[i] for i in (3, 0, 1, 0, 2, 1)]
+    n_tok = []
+    layer = getattr(*decoder_of(model.base.model))[0]
+    hook = layer.register_forward_hook(lambda _, args, out: n_tok.append(out.shape[0]))
+    model.encode(pieces[:2])  # tries out whether rows can be shared
+    n_tok.clear()
+    together, apart = (model.encode(chunks, dedupe=dedupe) for dedupe in (True, False))
+    hook.remove()
+    assert n_tok == [2, 6]
+    for a, b in zip((together.A, together.B), (apart.A, apart.B), strict=True):
+        torch.testing.assert_close(a["down_proj"], b["down_proj"], rtol=1e-9, atol=1e-9)
+
+
 def test_each_row_has_its_own_adapter(model, docs):
     rows = [docs[2], None, docs[0], docs[2], docs[1] + docs[3], None]
     prompts = [QUESTIONS[i % 3] for i in range(len(rows))]
