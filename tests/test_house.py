@@ -44,11 +44,11 @@ EXPERIMENTS_ONLY = RESULTS | {
     "cli.reproducing", "tiny_needle", "tiny_qa", "qa_metrics", "baselines", "self_generate",
     "teacher", "teaching", "meter", "data.record", "data.public", "data.encyclopedia",
     "data.encyclopedia_questions", "data.fact_training", "data.lexicon", "data.lexicon_open",
-    "data.lexicon_closed", "data.passages",
+    "data.lexicon_closed", "data.passages", "data.articles",
 }  # fmt: skip
 # what talks to people, reads their files and fetches: a core that is read in an afternoon does
 # without it, and it has a ceiling of its own
-INTERFACES = {"cli", "widgets", "__main__", "documents", "compare", "lm.smollm2"}
+INTERFACES = {"cli", "widgets", "__main__", "documents", "compare", "lm.smollm2", "lm.wheels"}
 FLOORS = (
     {"config", "types", "lm", "home", "intervals", "documents", "qa_metrics", "meter"},
     {"hypernet", "perceiver", "lora", "chunking", "adapter", "export"},

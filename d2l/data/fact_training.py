@@ -17,6 +17,7 @@ from typing import Any, Literal
 from ..chunking import fewest_chunks, sample_chunks, split
 from ..config import ChunkConfig
 from ..lm.base import chat_affixes, render_chat
+from .articles import articles
 from .encyclopedia import EncyclopediaGenerator
 from .example import Example, Query
 from .needle_training import end_of_turn
@@ -27,9 +28,10 @@ from .record import Question, Record
 Drawn = tuple[Record, Example]
 Wanted = tuple[int, tuple[int, ...], float]
 """A step, the numbers of its documents, and the level of the curriculum."""
-TRAINING_SETS = ("squad", "squad/train")
-"""Public sets of which a part may be trained on: SQuAD's development titles but the last 15, or
-its training split, which has 13 times as many paragraphs."""
+TRAINING_SETS = ("squad", "squad/train", "wikipedia")
+"""Public sets of which a part may be trained on: SQuAD's development titles but the last 15, its
+training split, which has 13 times as many paragraphs, or articles of Wikipedia, which need no hub
+and come with questions in their own words alone (`articles`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +65,18 @@ class FactStream:
 def titles_for(name: str, part: Literal["train", "watch", "test"]) -> list[Record]:
     """Return the records of a public set whose titles are for training, watching it, or tests.
 
-    SQuAD's development split is split by title, in order of appearance: the last 10 are for tests
-    alone, the 5 before them watch the training.  Raises what `public.load` raises, ValueError for
-    another set than `TRAINING_SETS` and for one without enough titles.
+    SQuAD's development split and the articles are split by title, in order of appearance: the last
+    10 are for tests alone, the 5 before them watch the training.  Raises what `public.load` and
+    `articles` raise, ValueError for another set than `TRAINING_SETS` and for one without enough
+    titles.
     """
     if name not in TRAINING_SETS:
         raise ValueError(f"{name} is not for training, only {', '.join(TRAINING_SETS)}")
     name, _, split = name.partition("/")
     if split and part == "train":
         return load(name, split, drop_bad=True)
-    rest, test = split_titles(load(name, "validation", drop_bad=True), 10)
+    found = articles() if name == "wikipedia" else load(name, "validation", drop_bad=True)
+    rest, test = split_titles(found, 10)
     train, watch = split_titles(rest, 5)
     return {"train": train, "watch": watch, "test": test}[part]
 

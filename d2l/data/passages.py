@@ -66,7 +66,7 @@ class _Passage:
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        self.sentences = [s for s in _SENTENCE.split(record.document.strip()) if s]
+        self.sentences = sentences_of(record.document)
         words = [set(_words(s)) for s in self.sentences]
         self.questions: list[tuple[Question, int]] = []
         for question in record.questions:
@@ -75,6 +75,15 @@ class _Passage:
             if holding:
                 best = max(holding, key=lambda i: len(asked & words[i]))
                 self.questions.append((question, best))
+
+
+def sentences_of(text: str) -> list[str]:
+    """Cut a text after full stops, question and exclamation marks that a capital or digit follows.
+
+    >>> sentences_of("Ann came at 5 p.m. Then Bob left.")
+    ['Ann came at 5 p.m.', 'Then Bob left.']
+    """
+    return [s for s in _SENTENCE.split(text.strip()) if s]
 
 
 def asked_in_place(sentence: str, rng: random.Random) -> Question | None:

