@@ -79,14 +79,14 @@ _TINY = {
     "hypernet.encoder": EncoderConfig("per_layer_activations"),
     "hypernet.perceiver": PerceiverConfig(
         d_latent=128, n_latents=8, n_blocks=2, n_heads=4, n_kv_heads=2, d_head=32,
-        projection_factor=0,
+        projection_factor=2,
     ),
     "hypernet.lora.scale": 8.0,
     "hypernet.chunk_gate": True,
     "chunk": ChunkConfig(max_tok=256, min_tok=8),
     "train_chunk": ChunkConfig(max_tok=256, min_tok=25),
     "stream": NeedleStream(
-        max_tok=256, compose_share=0.5, pool=6, max_chunks=64, prose_share=0.3,
+        max_tok=256, compose_share=0.5, max_chunks=64, prose_share=0.3,
         word_share=0.3,
     ),
     "train": TrainConfig(
