@@ -53,8 +53,8 @@ EXPERIMENTS = {
             default_scale="small",
             cost={
                 "smoke": "half a minute",
-                "tiny": "7 to 11 min; with --retrain 18, everything from scratch",
-                "small": "12 min with bfloat16 instructions, 19 to 32 without; shipped weights",
+                "tiny": "4 min; with --retrain 9, everything from scratch",
+                "small": "6 min with bfloat16 instructions, 9 without; shipped weights",
                 "paper": "one GPU; training took the authors about 3 h on an H200",
             },
             module="d2l.experiments.fig2",
