@@ -64,7 +64,8 @@ class DocToLoRA:
     """Internalise documents into LoRA adapters of a frozen language model.
 
     ``encoder_base`` is another frozen model to read with; by default the base reads for itself.
-    ``tok_budget`` bounds the tokens encoded at once, and with it the memory of reading.
+    ``tok_budget`` bounds the tokens encoded at once, and with it the memory of reading; of chunks
+    that begin alike up to 4 times as many are read from what is encoded.
     ``trained_chunks`` is the most chunks that the hypernetwork was trained to compose, None where
     that is unknown; more of them are warned about.
 
@@ -139,12 +140,12 @@ class DocToLoRA:
         """Compute the factors of every chunk; equal chunks are encoded once unless told not to."""
         distinct, where = unique(chunks) if dedupe else (chunks, list(range(len(chunks))))
         longest = max(map(len, distinct))
-        rows = alike(distinct, 2 * longest) if dedupe else []
+        most = min(2 * longest, max(longest, self.tok_budget))
+        rows = alike(distinct, most, _READ_PER_RUN * self.tok_budget) if dedupe else []
         if len(rows) in (0, len(distinct)) or not self.encoder.shares(longest):
-            rows = [(len(c), [i]) for i, c in enumerate(distinct)]
-        read = [sum(len(distinct[i]) for i in row) for _, row in rows]
-        sizes = [max(n, m // _READ_PER_RUN) for (n, _), m in zip(rows, read, strict=True)]
-        groups = [[rows[r][1] for r in group] for group in group_by_length(sizes, self.tok_budget)]
+            rows = [(len(c), len(c), [i]) for i, c in enumerate(distinct)]
+        sizes = [max(n_tok, n_read // _READ_PER_RUN) for n_tok, n_read, _ in rows]
+        groups = [[rows[r][2] for r in group] for group in group_by_length(sizes, self.tok_budget)]
         parts = [self._encode_group([[distinct[i] for i in row] for row in g]) for g in groups]
         listed = [[i for row in group for i in row] for group in groups]
         at = {i: (g, k) for g, group in enumerate(listed) for k, i in enumerate(group)}

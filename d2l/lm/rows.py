@@ -15,23 +15,24 @@ from torch import Tensor, nn
 Ids = Sequence[int]
 
 
-def alike(chunks: Sequence[Ids], most_tok: int) -> list[tuple[int, list[int]]]:
-    """Bring chunks that begin alike together: tokens of each row by `weave`, and its chunks.
+def alike(chunks: Sequence[Ids], most_tok: int, most_read: int) -> list[tuple[int, int, list[int]]]:
+    """Bring chunks that begin alike together: tokens of a row by `weave`, and of its chunks, which.
 
     A chunk joins the one before it, in the order of their tokens, where it adds less than half of
-    itself and the row has at most ``most_tok`` tokens with it.
+    itself, and the row has at most ``most_tok`` tokens with it and its chunks ``most_read``.
 
-    >>> alike([[1, 2, 3, 4], [7, 8], [1, 2, 3, 5]], 8)
-    [(5, [0, 2]), (2, [1])]
+    >>> alike([[1, 2, 3, 4], [7, 8], [1, 2, 3, 5]], 8, 16)
+    [(5, 8, [0, 2]), (2, 2, [1])]
     """
-    found: list[tuple[int, list[int]]] = []
+    found: list[tuple[int, int, list[int]]] = []
     for i in sorted(range(len(chunks)), key=lambda i: tuple(chunks[i])):
-        n_tok, members = found[-1] if found else (0, [])
-        new = len(chunks[i]) - (n_shared(chunks[members[-1]], chunks[i]) if members else 0)
-        if 2 * new < len(chunks[i]) and n_tok + new <= most_tok:
-            found[-1] = n_tok + new, [*members, i]
+        own = len(chunks[i])
+        n_tok, n_read, members = found[-1] if found else (0, 0, [])
+        new = own - (n_shared(chunks[members[-1]], chunks[i]) if members else 0)
+        if 2 * new < own and n_tok + new <= most_tok and n_read + own <= most_read:
+            found[-1] = n_tok + new, n_read + own, [*members, i]
         else:
-            found.append((len(chunks[i]), [i]))
+            found.append((own, own, [i]))
     return found
 
 

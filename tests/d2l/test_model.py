@@ -41,7 +41,7 @@ def docs(model):
     return [dataclasses.replace(d, A=noise(d.A), B=noise(d.B)) for d in read]
 
 
-def test_documents_that_begin_alike_are_read_as_if_alone(model):
+def test_documents_that_begin_alike_are_read_as_if_alone(model, monkeypatch):
     """Equal chunks, chunks within chunks, chunks that part halfway, and one of its own."""
     pieces = [list(range(3, 11)), list(range(3, 9)), [*range(3, 9), 20, 21], [30, 31, 32]]
     chunks = [pieces[i] for i in (3, 0, 1, 0, 2, 1)]
@@ -51,10 +51,15 @@ def test_documents_that_begin_alike_are_read_as_if_alone(model):
     model.encode(pieces[:2])  # tries out whether rows can be shared
     n_tok.clear()
     together, apart = (model.encode(chunks, dedupe=dedupe) for dedupe in (True, False))
-    hook.remove()
     assert n_tok == [2, 6]
-    for a, b in zip((together.A, together.B), (apart.A, apart.B), strict=True):
-        torch.testing.assert_close(a["down_proj"], b["down_proj"], rtol=1e-9, atol=1e-9)
+    n_tok.clear()
+    monkeypatch.setattr(model, "tok_budget", 6)
+    in_groups = model.encode(chunks)
+    hook.remove()
+    assert n_tok == [1, 1, 1]
+    for found in (together, in_groups):
+        for a, b in zip((found.A, found.B), (apart.A, apart.B), strict=True):
+            torch.testing.assert_close(a["down_proj"], b["down_proj"], rtol=1e-9, atol=1e-9)
 
 
 def test_each_row_has_its_own_adapter(model, docs):
