@@ -7,7 +7,6 @@ with the expected answer behind it, and only where it would have said something 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from .data.example import Example, Query
 from .data.record import Record
 from .lm.base import LanguageModel, render_chat
 from .lm.hooks import decoder_of
+from .lm.rows import n_shared
 from .teacher import HfTeacher, Taught, Teacher, stop_ids
 
 TOP_K, MAX_ANSWER_TOK = 16, 32
@@ -93,8 +93,7 @@ def families(prompts: Sequence[Ids]) -> list[tuple[int, list[int]]]:
     for i, prompt in enumerate(prompts):
         if found:
             n, members = found[-1]
-            pairs = zip(prompts[i - 1][:n], prompt[:-1], strict=False)
-            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            shared = n_shared(prompts[i - 1][:n], prompt[:-1])
             if 2 * shared > max(len(prompts[j]) for j in (*members, i)):
                 found[-1] = shared, [*members, i]
                 continue
