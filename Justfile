@@ -52,6 +52,10 @@ test-kernels *args: _setup
     @OMP_NUM_THREADS=1 {{ python }} -m pytest --numprocesses=auto tests/kernels kernels/d2l_kernels "$@"
     @OMP_NUM_THREADS=1 {{ python }} tests/support/mutate_kernels.py
 
+# Write the questions about Wikipedia again that training reads (a GPU: minutes): just write-questions OUT
+write-questions *args: _setup
+    @{{ python }} -m d2l.question_writing "$@"
+
 # Open the notebooks in JupyterLab
 lab *args: _setup
     @{{ python }} -m jupyterlab notebooks "$@"

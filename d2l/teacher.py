@@ -1,4 +1,4 @@
-"""A language model as a teacher: greedy replies with the log-probabilities of its best tokens.
+"""A language model as a teacher: its replies with the log-probabilities of its best tokens.
 
 `HfTeacher` runs a loaded base, `VllmTeacher` an engine of vLLM where that is installed.
 """
@@ -43,15 +43,22 @@ class Teacher(Protocol):
 
 
 class HfTeacher:
-    """A base that replies through HF ``generate``, ``batch`` prompts of similar length at once."""
+    """A base that replies through HF ``generate``, ``batch`` prompts of similar length at once.
 
-    def __init__(self, base: LanguageModel, batch: int = 16) -> None:
+    With ``top_p`` tokens are drawn from the likeliest that make up that probability.
+    """
+
+    def __init__(self, base: LanguageModel, batch: int = 16, top_p: float | None = None) -> None:
         self.base, self.batch, self.tokenizer = base, batch, base.tokenizer
         self.identity = f"{base.name} {base.fingerprint[:16]}"
+        self.choosing: dict[str, Any] = {"do_sample": False}
+        if top_p is not None:
+            self.choosing = {"do_sample": True, "top_p": top_p, "top_k": 0}
+            self.identity += f" top-p {top_p}"
 
     @torch.no_grad()
     def reply(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, k: int) -> list[Taught]:
-        """Reply greedily; ``k`` 0 leaves the log-probabilities out."""
+        """Reply; ``k`` 0 leaves the log-probabilities out."""
         replies: dict[int, Taught] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.batch):
@@ -74,7 +81,7 @@ class HfTeacher:
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **self.choosing,
             pad_token_id=pad,
             logits_processor=[recorder] if k else [],
         )

@@ -42,8 +42,8 @@ EXPERIMENTS_ONLY = RESULTS | {
     "experiments", "notebooks", "bench", "tiny_training", "evaluate", "intervals",
     "data.needle", "data.needle_training", "data.prose", "lm.tiny", "lm.vocabulary",
     "cli.reproducing", "tiny_needle", "tiny_qa", "qa_metrics", "baselines", "self_generate",
-    "teacher", "teaching", "meter", "data.record", "data.public", "data.encyclopedia",
-    "data.encyclopedia_questions", "data.fact_training", "data.lexicon", "data.lexicon_open",
+    "question_writing", "teacher", "teaching", "meter", "data.record", "data.public",
+    "data.encyclopedia", "data.encyclopedia_questions", "data.fact_training", "data.lexicon", "data.lexicon_open",
     "data.lexicon_closed", "data.passages", "data.articles",
 }  # fmt: skip
 # what talks to people, reads their files and fetches: a core that is read in an afternoon does
@@ -54,7 +54,7 @@ FLOORS = (
     {"hypernet", "perceiver", "lora", "chunking", "adapter", "export"},
     {"model", "reading", "losses", "data", "checkpoint", "published", "pretrained", "muon"},
     {"train", "evaluate", "baselines", "bench", "tiny_training", "store", "compare"}
-    | {"tiny_needle", "tiny_qa", "self_generate", "teacher", "teaching"}
+    | {"tiny_needle", "tiny_qa", "self_generate", "question_writing", "teacher", "teaching"}
     | RESULTS,
     {"__init__"},
     {"experiments"},

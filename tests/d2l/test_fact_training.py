@@ -151,6 +151,7 @@ def test_the_training_split_of_a_set_is_watched_and_tested_on_the_same_titles(mo
 
     monkeypatch.setattr(fact_training, "load", load)
     monkeypatch.setattr(fact_training, "articles", lambda: load("wikipedia", "article"))
+    monkeypatch.setattr(fact_training, "asked_articles", lambda: load("wikipedia", "asked"))
     titles = {
         (name, part): {r.title for r in titles_for(name, part)}
         for name in fact_training.TRAINING_SETS
@@ -159,9 +160,10 @@ def test_the_training_split_of_a_set_is_watched_and_tested_on_the_same_titles(mo
     assert titles["squad/train", "train"] == {f"train{i}" for i in range(20)}
     for part in ("watch", "test"):
         assert titles["squad/train", part] == titles["squad", part]
-    listed = [titles["wikipedia", part] for part in ("train", "watch", "test")]
-    assert [len(t) for t in listed] == [5, 5, 10]
-    assert set.union(*listed) == {f"article{i}" for i in range(20)}
+    for name, which in (("wikipedia", "article"), ("wikipedia/written", "asked")):
+        listed = [titles[name, part] for part in ("train", "watch", "test")]
+        assert [len(t) for t in listed] == [5, 5, 10]
+        assert set.union(*listed) == {f"{which}{i}" for i in range(20)}
 
 
 def test_a_share_of_the_documents_comes_from_public_sets(base, titled):
