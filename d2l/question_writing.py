@@ -218,7 +218,7 @@ def _hash(records: Sequence[Record]) -> str:
 
 
 def main() -> None:
-    """Write the questions that the scale `small` trains on: `just write-questions OUT.jsonl.gz`."""
+    """Write the questions about articles that ship: `just write-questions OUT.jsonl.gz`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path, help="The file to write; one that is there is kept.")
     device = "cuda" if torch.cuda.is_available() else "cpu"

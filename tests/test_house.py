@@ -43,8 +43,8 @@ EXPERIMENTS_ONLY = RESULTS | {
     "data.needle", "data.needle_training", "data.prose", "lm.tiny", "lm.vocabulary",
     "cli.reproducing", "tiny_needle", "tiny_qa", "qa_metrics", "baselines", "self_generate",
     "question_writing", "teacher", "teaching", "meter", "data.record", "data.public",
-    "data.encyclopedia", "data.encyclopedia_questions", "data.fact_training", "data.lexicon", "data.lexicon_open",
-    "data.lexicon_closed", "data.passages", "data.articles",
+    "data.encyclopedia", "data.encyclopedia_questions", "data.fact_training", "data.lexicon",
+    "data.lexicon_open", "data.lexicon_closed", "data.passages", "data.articles",
 }  # fmt: skip
 # what talks to people, reads their files and fetches: a core that is read in an afternoon does
 # without it, and it has a ceiling of its own
