@@ -7,21 +7,15 @@ questions about the same held-out documents.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import os
 import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
-from ..adapter import Adapter
 from ..artifacts import QA_COLUMNS
 from ..baselines import (
     DistillConfig,
@@ -39,28 +33,20 @@ from ..baselines import (
     without_context,
 )
 from ..baselines.setting import reply_to
-from ..chunking import PUBLISHED_CHUNK_PROBS
 from ..config import ChunkConfig, HypernetConfig
 from ..data.encyclopedia import LEXICONS, EncyclopediaGenerator
-from ..data.example import Example
 from ..data.fact_training import (
     TRAINING_SETS,
-    FactPool,
     FactStream,
-    FactTraining,
     titles_for,
 )
 from ..data.public import load
 from ..data.record import Record
-from ..lm.base import LanguageModel
 from ..meter import Meter
 from ..model import DocToLoRA
 from ..qa_metrics import QaScore, score
-from ..teacher import HfTeacher
-from ..teaching import taught
 from ..train import TrainConfig
-from ..train import train as fit
-from .shipped import FROM_SCRATCH, Curve, fresh
+from .shipped import FROM_SCRATCH, Curve
 
 Metric = Literal["f1", "recall"]
 Methods = Callable[["FactRun", Sequence[Record]], dict[tuple[str, str], Method]]
@@ -99,8 +85,16 @@ class FactEval:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the training: other documents, from where the part before it ended."""
+
+    stream: FactStream
+    train: TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class FactRun:
-    """Everything that a run depends on."""
+    """Everything that a run depends on; ``first`` is trained before ``stream`` and ``train``."""
 
     base: str
     dtype: Literal["float32", "bfloat16"]
@@ -109,83 +103,7 @@ class FactRun:
     stream: FactStream
     train: TrainConfig
     eval: FactEval
-
-
-def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
-    """Train, or resume, in ``folder``; the model's initialisation depends on the seed alone."""
-    most = max(PUBLISHED_CHUNK_PROBS) if wanted.stream.cut_share else 1
-    model = fresh(wanted, base, trained_chunks=most)
-    teacher = HfTeacher(base) if wanted.train.loss == "kl" else None
-    watched = on_the_way(wanted)
-
-    length = wanted.eval.max_new_tokens
-
-    @functools.cache
-    def in_context(name: str) -> float:
-        return quick_recall(model, watched[name], None, length)
-
-    def held_out(_: int) -> dict[str, float]:
-        scores = {}
-        for name, records in watched.items():
-            own, wrong = quick_scores(model, records, length)
-            scores |= {f"held_out{name}": own, f"held_out{name}_wrong": wrong}
-            scores[f"relative{name}"] = own / in_context(name) if in_context(name) else math.nan
-        return scores
-
-    def examples(step: int, level: float) -> list[Example]:
-        drawn = stream.drawn(step, range(wanted.train.docs_per_step), level)
-        batch = [example for _, example in drawn]
-        return batch if teacher is None else taught(batch, [r for r, _ in drawn], teacher)
-
-    source = (base.tokenizer, wanted.stream, wanted.chunk, wanted.train.seed)
-    with stream_of(source, base.device) as stream:
-        fit(model, examples, wanted.train, folder, evaluate=held_out)
-    return model
-
-
-@contextmanager
-def stream_of(source: tuple[Any, ...], device: torch.device) -> Iterator[FactTraining | FactPool]:
-    """Draw documents in this process, beside a GPU in as many as there are cores to spare."""
-    here = FactTraining(*source)  # beside a GPU too: what is wrong with its data is said here
-    if device.type == "cpu":
-        yield here
-        return
-    pool = FactPool(max(1, (os.cpu_count() or 1) - 2), *source)
-    try:
-        yield pool
-    finally:
-        pool.close()
-
-
-def quick_scores(
-    model: DocToLoRA, records: Sequence[Record], max_new_tokens: int
-) -> tuple[float, float]:
-    """Return mean recall with the right and with another document's adapter, one batch each."""
-    own = model.internalize_batch(r.document for r in records)
-    right, wrong = (
-        quick_recall(model, records, adapters, max_new_tokens)
-        for adapters in (own, [*own[1:], own[0]])
-    )
-    return right, wrong
-
-
-def quick_recall(
-    model: DocToLoRA,
-    records: Sequence[Record],
-    adapters: Sequence[Adapter] | None,
-    max_new_tokens: int,
-) -> float:
-    """Return mean recall of the first questions, asked in one batch.
-
-    Without ``adapters`` the base has the documents in its prompts.
-    """
-    asked = [r.questions[0] for r in records]
-    texts = [q.text for q in asked]
-    if adapters is None:
-        texts = [f"{r.document}\n\n{text}" for r, text in zip(records, texts, strict=True)]
-    answers = model.generate(texts, adapters, max_new_tokens=max_new_tokens)
-    pairs = zip(answers, asked, strict=True)
-    return statistics.fmean(score(a, q.answers).recall for a, q in pairs)
+    first: Stage | None = None
 
 
 def documents(wanted: FactRun, n_facts: int, n: int, *, shift: int = 0) -> list[Record]:
@@ -224,16 +142,6 @@ def public_documents(name: str, n: int, n_questions: int, seed: int) -> list[Rec
         )
         for record in rng.sample(found, min(n, len(found)))
     ]
-
-
-def on_the_way(wanted: FactRun) -> dict[str, list[Record]]:
-    """Draw the held-out documents that training is watched with, by set ("": encyclopedia)."""
-    invented = dataclasses.replace(wanted, eval=dataclasses.replace(wanted.eval, public=""))
-    found = {"": documents(invented, wanted.stream.max_facts, 40, shift=10_000)}
-    for name in wanted.stream.mix:
-        pool = titles_for(name, "watch")
-        found[f"_{name}"] = random.Random(name).sample(pool, min(80, len(pool)))
-    return found
 
 
 def asker(wanted: FactRun, records: Iterable[Record]) -> Any:
@@ -371,6 +279,9 @@ def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
     level = last["level"]
     mixed = f"\n  Passages of public sets, by weight against 1: {s.mix}, {s.in_place:.0%} of them"
     mixed = f"{mixed}\n  asked about in their own words." if s.mix else ""
+    if (one := wanted.first) is not None:
+        mixed += f"\n  Before that {one.train.steps} steps of {one.train.docs_per_step} documents"
+        mixed += f" with {one.stream.mix}, {one.stream.in_place:.0%}."
     return f"""# Fact hypernetwork for {wanted.base} ({which}, seed {t.seed})
 
 Turns a document of the invented encyclopedia into LoRA factors for

@@ -12,7 +12,8 @@ from ..lm.base import LanguageModel
 from ..qa_metrics import score
 from ..train import read_curve
 from .base import Request
-from .facts import FactRun, on_the_way
+from .fact_fitting import on_the_way
+from .facts import FactRun
 from .qa import SHIPS, QaExperiment
 from .shipped import run_dir, shipped_seeds, weights_dir
 

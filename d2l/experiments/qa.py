@@ -16,8 +16,9 @@ from ..figures import Figure
 from ..measures_qa import by_method
 from ..model import DocToLoRA
 from .base import Request, Run, need_gpu_and_model, request
+from .fact_fitting import trained
 from .fact_scales import OVERRIDES, PAPER, SOURCES
-from .facts import FactRun, card, measure, trained
+from .facts import FactRun, card, measure
 from .shipped import models, shipped_seeds, train_and_ship
 
 SHIPS = "fig3"

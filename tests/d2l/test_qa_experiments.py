@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from qa_table import METHODS, qa_table
 
 from d2l import artifacts, experiments, figures_qa
 from d2l.baselines import Setting
-from d2l.config import diff, flatten
+from d2l.config import diff, flatten, from_dict, to_dict
 from d2l.data.record import Record
 from d2l.experiments import (
+    fact_fitting,
     fig1,
     fig3,
     fig5,
@@ -28,10 +31,12 @@ from d2l.experiments import (
     tab8,
     tab11,
 )
+from d2l.experiments.fact_fitting import on_the_way
 from d2l.experiments.fact_scales import SOURCES
-from d2l.experiments.facts import documents, on_the_way, wrong_document
+from d2l.experiments.facts import FactRun, Stage, card, documents, wrong_document
 from d2l.experiments.qa import QaExperiment, _as_variant
 from d2l.experiments.shipped import load_shipped, weights_dir
+from d2l.lm.base import load_base
 from d2l.model import DocToLoRA
 from d2l.train import read_curve
 
@@ -219,3 +224,31 @@ def test_a_curve_draws_seeds_and_their_mean() -> None:
     drawn = figures_qa.draw_fig6(table, scale="tiny", title="x", metric="recall")
     lines = {x.get_label(): list(x.get_ydata()) for x in drawn.axes[0].get_lines()}
     assert lines["D2L"] == pytest.approx([0.195, 0.795])
+
+
+def test_a_second_stage_goes_on_with_other_documents(tmp_path, monkeypatch):
+    seeds, real = [], fact_fitting.FactTraining
+
+    def seen(tokenizer, stream, chunk, seed):
+        seeds.append((stream.max_facts, seed))
+        return real(tokenizer, stream, chunk, seed)
+
+    monkeypatch.setattr(fact_fitting, "FactTraining", seen)
+    one = fig3.config("smoke", {"train.steps": 2, "train.seed": 3, "stream.max_facts": 2})
+    still = dataclasses.replace(one.train, lr=0.0, min_lr=0.0)
+    first = Stage(dataclasses.replace(one.stream, max_facts=5), one.train)
+    base = load_base(one.base)
+    both = dataclasses.replace(one, train=still, first=first)
+    model = fact_fitting.trained(both, base, tmp_path)
+    assert seeds == [(5, 3), (2, 3 + fact_fitting._AFTER_FIRST)]
+    kept = torch.load(tmp_path / "first" / "checkpoint.pt", weights_only=True)["hypernet"]
+    fresh = DocToLoRA(base, one.hypernet, one.chunk).hypernet.state_dict()
+    after = model.hypernet.state_dict()
+    assert all(torch.equal(after[k], kept[k]) for k in after)  # nothing moves at a rate of 0
+    assert not all(torch.equal(after[k], fresh[k]) for k in after)
+    for folder in (tmp_path, tmp_path / "first"):
+        assert read_curve(folder)[-1]["step"] == 2
+    again = fact_fitting.trained(both, base, tmp_path).hypernet.state_dict()
+    assert all(torch.equal(after[k], again[k]) for k in after)
+    assert "Before that 2 steps of 4 documents" in card(both, model, read_curve(tmp_path), "x")
+    assert from_dict(FactRun, to_dict(both)) == both

@@ -13,7 +13,7 @@ from d2l.baselines.setting import reply_to
 from d2l.config import with_overrides
 from d2l.data.fact_training import FactTraining
 from d2l.data.record import Question, Record
-from d2l.experiments import facts, fig3, fig5, fig7, fig8, qa, tab11
+from d2l.experiments import fact_fitting, facts, fig3, fig5, fig7, fig8, qa, tab11
 from d2l.experiments.facts import _relative, documents, measure
 from d2l.experiments.qa import PUBLIC, SETS, QaExperiment
 from d2l.experiments.shipped import load, load_shipped
@@ -270,7 +270,7 @@ def test_a_pretrained_base_is_asked_about_public_sets(monkeypatch) -> None:
     assert len(asked["SQuAD"]) == 9
     assert set(asked["SQuAD"]) <= set(drawn["test"])
     assert [len(r.questions) for r in asked["DROP"]] == [1]
-    watched = facts.on_the_way(fig3.config("paper"))  # asks SQuAD, but only in the end
+    watched = fact_fitting.on_the_way(fig3.config("paper"))  # asks SQuAD, but only in the end
     assert {r.source for rs in watched.values() for r in rs} == {"encyclopedia-test"}
 
 

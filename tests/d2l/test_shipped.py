@@ -9,7 +9,8 @@ import pytest
 from d2l.data.needle import NeedleGenerator
 from d2l.evaluate import answer_internalized
 from d2l.experiments import fig3
-from d2l.experiments.facts import documents, quick_scores
+from d2l.experiments.fact_fitting import quick_scores
+from d2l.experiments.facts import documents
 from d2l.experiments.fig2 import config
 from d2l.experiments.shipped import (
     finished,
