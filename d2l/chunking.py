@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 from .config import ChunkConfig
 
 Ids = Sequence[int]
+Ends = Callable[[Ids, int], bool]
+_CLOSES = re.compile(r"[.!?][\"')\]\u201d]*$")
+_OPENS = re.compile(r"\s+($|[\"'(\[\u201cA-Z0-9])")
 
 PUBLISHED_CHUNK_PROBS: Mapping[int, float] = {
     1: 0.5, 2: 0.125, 3: 0.0625, 4: 0.0625, 5: 0.0625, 6: 0.0625, 7: 0.0625, 8: 0.0625,
@@ -29,25 +36,59 @@ def split(ids: Ids, n_chunks: int, prefix: Ids, suffix: Ids) -> list[list[int]]:
     return list(cut([ids], math.ceil(len(ids) / n_chunks), prefix, suffix))
 
 
-def cut(pieces: Iterable[Ids], size: int, prefix: Ids, suffix: Ids) -> Iterator[list[int]]:
+def cut(
+    pieces: Iterable[Ids], size: int, prefix: Ids, suffix: Ids, ends: Ends | None = None
+) -> Iterator[list[int]]:
     """Cut a stream of templated ids into pieces of ``size`` tokens; affixes as in `split`.
 
-    Holds one chunk and one piece of the stream at a time.
+    With ``ends`` a piece ends sooner where ``ends(piece, next id)`` says so.  Holds one chunk and
+    one piece of the stream at a time.
 
     >>> list(cut([[1, 2], [3, 4, 5]], 2, prefix=[8], suffix=[9]))
     [[1, 2, 9], [8, 3, 4, 9], [8, 5]]
     """
     held: list[int] = []
     before: Ids = ()
-    for piece in pieces:
-        held.extend(piece)
-        last = (len(held) - 1) // size * size
-        for start in range(0, last, size):
-            yield [*before, *held[start : start + size], *suffix]
-            before = prefix
-        held = held[max(last, 0) :]
+    for i in chain.from_iterable(pieces):
+        if held and (len(held) == size or (ends and ends(held, i))):
+            yield [*before, *held, *suffix]
+            held, before = [], prefix
+        held.append(i)
     if held:
         yield [*before, *held]
+
+
+@functools.lru_cache(8)
+def sentence_ends(tokenizer: Any, min_tok: int) -> Ends:
+    """Return what tells that a piece of at least ``min_tok`` tokens ends with a sentence.
+
+    That is, after a full stop, question or exclamation mark that white space and a capital, a digit
+    or a quote follow, and before a new line.
+    """
+
+    @functools.cache
+    def text(i: int) -> str:
+        token = tokenizer.convert_ids_to_tokens(i)
+        return tokenizer.decode([i]) if token[:1] not in "ĠĊ▁" else f" {tokenizer.decode([i])}"
+
+    return lambda piece, i: (
+        len(piece) >= min_tok
+        and bool(_OPENS.match(text(i)))
+        and bool(_CLOSES.search("".join(map(text, piece[-3:]))))
+    )
+
+
+def pieces_of(
+    ids: Ids, config: ChunkConfig, prefix: Ids, suffix: Ids, ends: Ends | None
+) -> list[list[int]]:
+    """Cut a whole document as outside training: at ``ends``, or into the fewest equal pieces.
+
+    Raises ValueError for a document shorter than ``min_tok``.
+    """
+    fewest = fewest_chunks(len(ids), config)
+    if ends:
+        return list(cut([ids], config.max_tok, prefix, suffix, ends))
+    return split(ids, fewest, prefix, suffix)
 
 
 def fewest_chunks(n_tok: int, config: ChunkConfig) -> int:

@@ -101,10 +101,15 @@ class HypernetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkConfig:
-    """How a templated document is cut (spec section 9)."""
+    """How a templated document is cut (spec section 9).
+
+    With ``sentences``, which is ours, a chunk ends with the first sentence that ends at its
+    ``min_tok`` tokens or later, and at ``max_tok`` where none does.
+    """
 
     max_tok: int = 512
     min_tok: int = 25
+    sentences: bool = False
 
 
 def to_dict(config: Any) -> dict[str, Any]:

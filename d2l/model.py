@@ -17,7 +17,7 @@ from d2l_kernels import Segments
 from torch import Tensor
 
 from .adapter import Adapter, Source
-from .chunking import fewest_chunks, group_by_length, split, unique
+from .chunking import Ends, group_by_length, pieces_of, sentence_ends, unique
 from .config import ChunkConfig, HypernetConfig
 from .hypernet import Hypernet, TargetShapes
 from .lm.base import LanguageModel, chat_affixes, render_chat
@@ -132,9 +132,17 @@ class DocToLoRA:
         """
         if not document.strip():
             raise ValueError(EMPTY)
-        ids = render_chat(self.reader.tokenizer, document.strip())
-        prefix, suffix = chat_affixes(self.reader.tokenizer)
-        return split(ids, fewest_chunks(len(ids), self.chunk), prefix, suffix)
+        return self.cut_whole(render_chat(self.reader.tokenizer, document.strip()))
+
+    def cut_whole(self, ids: Sequence[int]) -> list[list[int]]:
+        """Cut a document that is templated and tokenised; raises ValueError for a short one."""
+        return pieces_of(ids, self.chunk, *chat_affixes(self.reader.tokenizer), self.ends)
+
+    @property
+    def ends(self) -> Ends | None:
+        """What tells where a chunk ends sooner than at full length, if anything does."""
+        chunk = self.chunk
+        return sentence_ends(self.reader.tokenizer, chunk.min_tok) if chunk.sentences else None
 
     def encode(self, chunks: Sequence[Sequence[int]], *, dedupe: bool = True) -> ChunkLora:
         """Compute the factors of every chunk; equal chunks are encoded once unless told not to."""

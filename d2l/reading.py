@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import Adapter, Source
-from .chunking import cut, fewest_chunks, split
+from .chunking import cut, fewest_chunks
 from .documents import read
 from .lm.chat import blocks_of, chat_affixes, stream_chat
 from .lora import ChunkLora, Factors
@@ -142,8 +142,7 @@ class Reading:
         if bad or not ids:
             raise ValueError(f"token id {bad[0]} is not in 0..{size - 1}" if bad else EMPTY)
         prefix, suffix = chat_affixes(self.model.reader.tokenizer)
-        whole = [*prefix, *ids, *suffix]
-        return split(whole, fewest_chunks(len(whole), self.model.chunk), prefix, suffix)
+        return self.model.cut_whole([*prefix, *ids, *suffix])
 
     def _stream(self, texts: Iterator[str]) -> Iterator[list[int]]:
         digest = hashlib.sha256()
@@ -159,7 +158,8 @@ class Reading:
 
         tokenizer, config = self.model.reader.tokenizer, self.model.chunk
         ids = stream_chat(tokenizer, blocks())
-        for i, chunk in enumerate(cut(ids, config.max_tok, *chat_affixes(tokenizer))):
+        affixes, ends = chat_affixes(tokenizer), self.model.ends
+        for i, chunk in enumerate(cut(ids, config.max_tok, *affixes, ends)):
             if i == 0:
                 fewest_chunks(len(chunk), config)
             yield chunk

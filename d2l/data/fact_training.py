@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Literal
 
-from ..chunking import fewest_chunks, sample_chunks, split
+from ..chunking import pieces_of, sample_chunks, sentence_ends, split
 from ..config import ChunkConfig
 from ..lm.base import chat_affixes, render_chat
 from .articles import articles, asked_articles
@@ -229,7 +229,11 @@ def fact_example(
     """
     prefix, suffix = chat_affixes(tokenizer)
     ids = render_chat(tokenizer, record.document.strip())
-    n = fewest_chunks(len(ids), chunk) if rng is None else sample_chunks(len(ids), chunk, rng)
+    if rng is None:
+        ends = sentence_ends(tokenizer, chunk.min_tok) if chunk.sentences else None
+        pieces = pieces_of(ids, chunk, prefix, suffix, ends)
+    else:
+        pieces = split(ids, sample_chunks(len(ids), chunk, rng), prefix, suffix)
     end = end_of_turn(tokenizer)
     queries = tuple(
         Query(
@@ -238,4 +242,4 @@ def fact_example(
         )
         for q in record.questions
     )
-    return Example(tuple(map(tuple, split(ids, n, prefix, suffix))), queries)
+    return Example(tuple(map(tuple, pieces)), queries)

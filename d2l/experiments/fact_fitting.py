@@ -29,29 +29,31 @@ from ..train import train as fit
 from .facts import FactRun, Stage, documents
 from .shipped import fresh
 
-_AFTER_FIRST = 7
-"""What is added to the seed for the documents of a stage after the first."""
+_NEXT = 7
+SENTENCES = 12
+"""Chunks to which documents that are cut at sentences go in training, but for few."""
 
 
 def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
     """Train, or resume, in ``folder``; the model's initialisation depends on the seed alone.
 
-    A first stage has the run's seed, lies in ``folder / "first"`` and is followed by other
-    documents: those of the seed after it.
+    Stages before the last lie in ``folder / "stage0"`` and so on.  Every stage has other documents:
+    those of the run's seed and `_NEXT` for each stage before it.
     """
     most = max(PUBLISHED_CHUNK_PROBS) if wanted.stream.cut_share else 1
+    if wanted.chunk.sentences:
+        most = SENTENCES
     model = fresh(wanted, base, trained_chunks=most)
-    last, seed = Stage(wanted.stream, wanted.train), wanted.train.seed
-    if wanted.first:
-        train = dataclasses.replace(wanted.first.train, seed=seed)
-        _fit(model, wanted, dataclasses.replace(wanted.first, train=train), folder / "first", seed)
-        seed += _AFTER_FIRST
-    _fit(model, wanted, last, folder, seed)
+    last = Stage(wanted.stream, wanted.train, wanted.chunk)
+    for i, stage in enumerate((*wanted.before, last)):
+        place = folder if stage is last else folder / f"stage{i}"
+        _fit(model, wanted, stage, place, wanted.train.seed + _NEXT * i)
     return model
 
 
 def _fit(model: DocToLoRA, wanted: FactRun, stage: Stage, folder: Path, seed: int) -> None:
     """Train a stage; ``seed`` is that of its documents."""
+    model.chunk = stage.chunk
     base, length = model.base, wanted.eval.max_new_tokens
     teacher = HfTeacher(base) if stage.train.loss == "kl" else None
     watched = on_the_way(dataclasses.replace(wanted, stream=stage.stream))
@@ -73,7 +75,7 @@ def _fit(model: DocToLoRA, wanted: FactRun, stage: Stage, folder: Path, seed: in
         batch = [example for _, example in drawn]
         return batch if teacher is None else taught(batch, [r for r, _ in drawn], teacher)
 
-    source = (base.tokenizer, stage.stream, wanted.chunk, seed)
+    source = (base.tokenizer, stage.stream, stage.chunk, seed)
     with stream_of(source, base.device) as stream:
         fit(model, examples, stage.train, folder, evaluate=held_out)
 

@@ -86,15 +86,16 @@ class FactEval:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of the training: other documents, from where the part before it ended."""
+    """A part of the training: other documents, cut otherwise, from where the one before ended."""
 
     stream: FactStream
     train: TrainConfig
+    chunk: ChunkConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class FactRun:
-    """Everything that a run depends on; ``first`` is trained before ``stream`` and ``train``."""
+    """Everything that a run depends on; the stages ``before`` are trained before the last one."""
 
     base: str
     dtype: Literal["float32", "bfloat16"]
@@ -103,7 +104,7 @@ class FactRun:
     stream: FactStream
     train: TrainConfig
     eval: FactEval
-    first: Stage | None = None
+    before: tuple[Stage, ...] = ()
 
 
 def documents(wanted: FactRun, n_facts: int, n: int, *, shift: int = 0) -> list[Record]:
@@ -279,7 +280,7 @@ def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
     level = last["level"]
     mixed = f"\n  Passages of public sets, by weight against 1: {s.mix}, {s.in_place:.0%} of them"
     mixed = f"{mixed}\n  asked about in their own words." if s.mix else ""
-    if (one := wanted.first) is not None:
+    for one in reversed(wanted.before):
         mixed += f"\n  Before that {one.train.steps} steps of {one.train.docs_per_step} documents"
         mixed += f" with {one.stream.mix}, {one.stream.in_place:.0%}."
     return f"""# Fact hypernetwork for {wanted.base} ({which}, seed {t.seed})

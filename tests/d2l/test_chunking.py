@@ -7,10 +7,19 @@ import random
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from d2l.chunking import fewest_chunks, group_by_length, sample_chunks, split, unique
+from d2l.chunking import (
+    cut,
+    fewest_chunks,
+    group_by_length,
+    pieces_of,
+    sample_chunks,
+    sentence_ends,
+    split,
+    unique,
+)
 from d2l.config import ChunkConfig
 from d2l.lm.base import chat_affixes, render_chat
 
@@ -168,3 +177,62 @@ def test_middle_chunks_look_like_documents_of_their_own(name):
     assert middle[-len(suffix) :] == suffix
     assert first[-len(suffix) :] == suffix
     assert last[: len(prefix)] == prefix
+
+
+SENTENCES = [
+    "Ann left in 1990.",
+    ' "Then" she came back, at p.m.,on a day!',
+    " 7 men (and one more) asked why?",
+    ' He said "No."',
+    " Émile did not.\n",
+    "New line.",
+]
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """A tokenizer of bytes, as byte-level ones spell them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def texts(tokenizer, pieces):
+    return [tokenizer.decode(piece) for piece in pieces]
+
+
+def test_chunks_end_with_sentences(letters):
+    ids = letters("".join(SENTENCES)).input_ids
+    ends = sentence_ends(letters, 1)
+    config = ChunkConfig(max_tok=200, min_tok=1, sentences=True)
+    found = texts(letters, pieces_of(ids, config, [], [], ends))
+    assert "".join(found) == "".join(SENTENCES)
+    assert [f.strip() for f in found] == [s.strip() for s in SENTENCES]
+    joined = texts(letters, pieces_of(ids, config, [], [], sentence_ends(letters, 30)))
+    assert joined[0].startswith(SENTENCES[0] + SENTENCES[1])
+    assert all(len(j.encode()) >= 30 for j in joined[:-1])
+
+
+def test_a_sentence_longer_than_a_chunk_is_cut_at_full_length(letters):
+    ids = letters("a" * 25 + ". B").input_ids
+    pieces = list(cut([ids], 10, [], [], sentence_ends(letters, 1)))
+    assert texts(letters, pieces) == ["a" * 10, "a" * 10, "aaaaa.", " B"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_a_stream_is_cut_as_the_whole(letters, size):
+    ids, ends = letters("".join(SENTENCES) * 3).input_ids, sentence_ends(letters, 8)
+    parts = [ids[i : i + size] for i in range(0, len(ids), size)]
+    for chosen in (ends, None):
+        whole = list(cut([ids], 24, [1], [2, 3], chosen))
+        assert list(cut(parts, 24, [1], [2, 3], chosen)) == whole
+        inner = [*whole[0][:-2], *(i for w in whole[1:-1] for i in w[1:-2]), *whole[-1][1:]]
+        assert inner == ids
+
+
+def test_sentences_do_not_lower_the_least_length(letters):
+    config = ChunkConfig(max_tok=50, min_tok=8, sentences=True)
+    with pytest.raises(ValueError, match=r"has 3 tokens .* needs at least 8"):
+        pieces_of([1, 2, 3], config, [], [], sentence_ends(letters, 8))

@@ -12,7 +12,7 @@ from qa_table import METHODS, qa_table
 
 from d2l import artifacts, experiments, figures_qa
 from d2l.baselines import Setting
-from d2l.config import diff, flatten, from_dict, to_dict
+from d2l.config import ChunkConfig, diff, flatten, from_dict, to_dict
 from d2l.data.record import Record
 from d2l.experiments import (
     fact_fitting,
@@ -230,23 +230,24 @@ def test_a_second_stage_goes_on_with_other_documents(tmp_path, monkeypatch):
     seeds, real = [], fact_fitting.FactTraining
 
     def seen(tokenizer, stream, chunk, seed):
-        seeds.append((stream.max_facts, seed))
+        seeds.append((stream.max_facts, chunk.max_tok, seed))
         return real(tokenizer, stream, chunk, seed)
 
     monkeypatch.setattr(fact_fitting, "FactTraining", seen)
     one = fig3.config("smoke", {"train.steps": 2, "train.seed": 3, "stream.max_facts": 2})
     still = dataclasses.replace(one.train, lr=0.0, min_lr=0.0)
-    first = Stage(dataclasses.replace(one.stream, max_facts=5), one.train)
+    first = Stage(dataclasses.replace(one.stream, max_facts=5), one.train, ChunkConfig(99, 9))
     base = load_base(one.base)
-    both = dataclasses.replace(one, train=still, first=first)
+    both = dataclasses.replace(one, train=still, before=(first,))
     model = fact_fitting.trained(both, base, tmp_path)
-    assert seeds == [(5, 3), (2, 3 + fact_fitting._AFTER_FIRST)]
-    kept = torch.load(tmp_path / "first" / "checkpoint.pt", weights_only=True)["hypernet"]
+    assert seeds == [(5, 99, 3), (2, 256, 10)]
+    assert model.chunk == one.chunk
+    kept = torch.load(tmp_path / "stage0" / "checkpoint.pt", weights_only=True)["hypernet"]
     fresh = DocToLoRA(base, one.hypernet, one.chunk).hypernet.state_dict()
     after = model.hypernet.state_dict()
     assert all(torch.equal(after[k], kept[k]) for k in after)  # nothing moves at a rate of 0
     assert not all(torch.equal(after[k], fresh[k]) for k in after)
-    for folder in (tmp_path, tmp_path / "first"):
+    for folder in (tmp_path, tmp_path / "stage0"):
         assert read_curve(folder)[-1]["step"] == 2
     again = fact_fitting.trained(both, base, tmp_path).hypernet.state_dict()
     assert all(torch.equal(after[k], again[k]) for k in after)
