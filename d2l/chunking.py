@@ -15,7 +15,7 @@ from .config import ChunkConfig
 Ids = Sequence[int]
 Ends = Callable[[Ids, int], bool]
 _CLOSES = re.compile(r"[.!?][\"')\]\u201d]*$")
-_OPENS = re.compile(r"\s+($|[\"'(\[\u201cA-Z0-9])")
+_OPENS = re.compile(r"\s+($|[^\sa-z(\[,;-])")  # a letter beyond ASCII may be half a token
 
 PUBLISHED_CHUNK_PROBS: Mapping[int, float] = {
     1: 0.5, 2: 0.125, 3: 0.0625, 4: 0.0625, 5: 0.0625, 6: 0.0625, 7: 0.0625, 8: 0.0625,
@@ -62,8 +62,8 @@ def cut(
 def sentence_ends(tokenizer: Any, min_tok: int) -> Ends:
     """Return what tells that a piece of at least ``min_tok`` tokens ends with a sentence.
 
-    That is, after a full stop, question or exclamation mark that white space and a capital, a digit
-    or a quote follow, and before a new line.
+    That is, after a full stop, question or exclamation mark that white space follows and then no
+    small letter, and before a new line.
     """
 
     @functools.cache

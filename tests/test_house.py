@@ -81,7 +81,7 @@ CONFINED = {
 KERNELS_USE = {"d2l_kernels", "torch", "jaxtyping", "triton", "flash_attn"}
 
 EXPERIMENT = re.compile(r"d2l\.experiments\.((?:fig|tab)\w+)")
-MAX_MODULE, MAX_EXPERIMENT, MAX_CORE, MAX_KERNELS, MAX_INTERFACES = 400, 120, 3800, 2000, 1200
+MAX_MODULE, MAX_EXPERIMENT, MAX_CORE, MAX_KERNELS, MAX_INTERFACES = 400, 120, 3850, 2000, 1200
 MAX_CELLS, MAX_CELL_LINES = 8, 60
 PAGES_USE = ("__init__", "experiments", "compare", "widgets")
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:root|work|farm|home/\w+|Users/\w+)/[\w.]")

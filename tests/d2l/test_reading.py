@@ -258,3 +258,27 @@ def test_streamed_ids_are_those_of_the_whole_text(model):
     tokenizer, text = model.base.tokenizer, prose(20_000)
     streamed = [i for ids in stream_chat(tokenizer, blocks_of([text])) for i in ids]
     assert streamed == render_chat(tokenizer, text)
+
+
+@pytest.mark.slow
+def test_a_document_is_read_sentence_by_sentence():
+    try:
+        model = DocToLoRA.from_pretrained("fig3/small")
+    except OSError as error:
+        pytest.skip(str(error))
+    model.chunk = ChunkConfig(max_tok=96, min_tok=16, sentences=True)
+    sentences = [
+        'Marta Quill was born in Port Ellery, at 5 p.m. on a Monday in 1874, they say: "No!"',
+        "Émile kept a tame heron in the harbour of the town until the winter of that year.",
+        "Yes.",  # too short for a chunk of its own
+        "7 boats of the harbour were sold to a merchant from the north for very little.",
+    ]
+    text = " ".join(sentences)
+    read = [model.reader.tokenizer.decode(chunk) for chunk in model.chunks(text)]
+    expected = [*sentences[:2], " ".join(sentences[2:])]
+    assert len(read) == 3
+    assert all(e in r for e, r in zip(expected, read, strict=True))
+    model.trained_chunks = None
+    whole, streamed = model.internalize(text), model.internalize(iter([text[:50], text[50:]]))
+    assert whole.sources == streamed.sources
+    assert whole.sources[0].chunk_tok == tuple(map(len, model.chunks(text)))
