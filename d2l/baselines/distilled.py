@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import random
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -48,7 +49,8 @@ def distilled(config: DistillConfig = DistillConfig()) -> Method:
     """Return the method that trains a LoRA on each document (or, as oracle, on each question).
 
     With generated queries one adapter serves all questions about a document.  The update counts
-    asking, the teacher's answers and training.  Raises ValueError when nobody asked anything.
+    asking, the teacher's answers and training.  Where nobody asks anything, as a small base may
+    not, a warning says so and the adapter changes nothing.
     """
 
     def method(setting: Setting, document: str, questions: Sequence[str]) -> list[Reply]:
@@ -72,6 +74,10 @@ def distill(
     base = setting.base
     teacher = HfTeacher(base)
     asked = [question] if question is not None else _ask(setting, teacher, document, config)
+    if not asked:
+        what = f"nobody asked a question about the document {document[:60]!r}..."
+        warnings.warn(f"{what}: its adapter changes nothing", UserWarning, stacklevel=2)
+        return fresh_lora(base, config).map(lambda t: t.to(base.model.dtype))
     context = cut_middle(base, document, min(map(setting.room_tok, asked)))
     how = SelfGeneration(prompt=setting.prompt, k=config.k, max_new_tokens=setting.max_new_tokens)
     queries = [
@@ -137,6 +143,4 @@ def _ask(setting: Setting, teacher: HfTeacher, document: str, config: DistillCon
         asked = list(setting.ask(document, n))
     else:
         (asked,) = ask_questions(teacher, [document], min(n, 5), rounds=math.ceil(n / 5))
-    if not asked:
-        raise ValueError(f"nobody asked a question about the document {document[:60]!r}...")
     return asked[:n]

@@ -242,9 +242,15 @@ def test_bad_settings_are_refused(setting, sample):
         baselines.d2l_batched(Setting(setting.base, other), *ask)
     with pytest.raises(ValueError, match="no room"):
         baselines.truncated_context(Setting(setting.base, max_new_tokens=600), *ask)
-    nobody = Setting(setting.base, ask=lambda *_: [])
-    with pytest.raises(ValueError, match="nobody asked"):
-        baselines.distilled(DistillConfig(n_queries=5))(nobody, *ask)
     with pytest.raises(ValueError, match="no linear 'up'"):
         fresh_lora(setting.base, DistillConfig(target_modules=("up",)))
     assert isinstance(setting.base, LanguageModel)
+
+
+def test_distilling_without_a_question_changes_nothing(setting):
+    document, asked = "The special magic number is 4821.", ["What is the special magic number?"]
+    nobody = Setting(setting.base, ask=lambda *_: [], max_new_tokens=4)
+    with pytest.warns(UserWarning, match=r"nobody asked a question about .*4821.*changes nothing"):
+        (reply,) = baselines.distilled(DistillConfig(n_queries=5))(nobody, document, asked)
+    (plain,) = baselines.without_context(nobody, document, asked)
+    assert reply.text == plain.text
