@@ -52,7 +52,7 @@ test-kernels *args: _setup
     @OMP_NUM_THREADS=1 {{ python }} -m pytest --numprocesses=auto tests/kernels kernels/d2l_kernels "$@"
     @OMP_NUM_THREADS=1 {{ python }} tests/support/mutate_kernels.py
 
-# Write the questions about Wikipedia again that training reads (a GPU: minutes): just write-questions OUT
+# Write questions about Wikipedia, as those that ship (a GPU: minutes): just write-questions OUT.jsonl.gz
 write-questions *args: _setup
     @{{ python }} -m d2l.question_writing "$@"
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from .artifacts import write_json, write_text
+from .artifacts import write_text
 from .data.articles import articles, text_id
 from .data.example import Batch, Example, Query
 from .data.fact_training import titles_for
@@ -31,6 +31,7 @@ from .data.passages import Passages, sentences_of
 from .data.record import Question, Record
 from .home import replacing
 from .lm.base import LanguageModel, load_base, render_chat
+from .self_generate import claim
 from .teacher import HfTeacher
 from .train import pad_queries
 
@@ -86,7 +87,7 @@ def write_questions(
         "config": dataclasses.asdict(config),
     }
     with FileLock(work / ".lock"):
-        _claim(work, identity)
+        claim(work, identity)
         starts = range(0, len(paragraphs), config.shard)
         paths = [work / f"{start:06d}.jsonl" for start in starts]
         teacher = None
@@ -218,26 +219,13 @@ def _hash(records: Sequence[Record]) -> str:
 
 
 def main() -> None:
-    """Write the questions about articles that ship: `just write-questions OUT.jsonl.gz`."""
+    """Write questions about articles, as those that ship: `just write-questions OUT.jsonl.gz`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path, help="The file to write; one that is there is kept.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_base("smollm2-135m", device=device, dtype=torch.bfloat16)
     asked = titles_for("squad", "train")
     write_questions(base, articles(), asked, parser.parse_args().out, report=print)
-
-
-def _claim(folder: Path, identity: dict) -> None:
-    """Write what the folder is made from, or check that what is there says the same."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        write_json(path, identity)
-        return
-    known = json.loads(path.read_text())
-    if changed := [k for k in identity if known.get(k) != json.loads(json.dumps(identity[k]))]:
-        raise ValueError(
-            f"the questions in {folder} were begun with another {' and '.join(changed)}: delete it"
-        )
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def generate(
     }
     try:
         with FileLock(out / ".lock", timeout=0):
-            _claim(out, identity)
+            claim(out, identity)
             starts = range(0, len(documents), config.shard_docs)
             for done, start in enumerate(starts):
                 path = out / f"shard-{done:05d}.parquet"
@@ -232,7 +232,7 @@ def teach(
         yield pair, taught, render_chat(teacher.tokenizer, text)
 
 
-def _claim(out: Path, identity: dict[str, Any]) -> None:
+def claim(out: Path, identity: dict[str, Any]) -> None:
     """Write the manifest, or check that the one that is there says the same."""
     path = out / "manifest.json"
     if not path.exists():

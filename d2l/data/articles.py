@@ -16,6 +16,7 @@ import random
 import re
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from ..home import cache_dir, replacing, repo_root
@@ -75,7 +76,7 @@ def asked_articles(path: Path | None = None) -> list[Record]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             asked = {row["paragraph"]: row["asked"] for row in map(json.loads, file)}
-    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile) as error:
+    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error!r})") from error
     found = [
         dataclasses.replace(record, questions=tuple(Question(q, (a,), "written") for q, a in pairs))

@@ -75,13 +75,8 @@ def titles_for(name: str, part: Literal["train", "watch", "test"]) -> list[Recor
         raise ValueError(f"{name} is not for training, only {', '.join(TRAINING_SETS)}")
     if name == "squad/train" and part == "train":
         return load("squad", "train", drop_bad=True)
-    found = (
-        load("squad", "validation", drop_bad=True)
-        if name.startswith("squad")
-        else asked_articles()
-        if name == "wikipedia/written"
-        else articles()
-    )
+    fetched = {"wikipedia": articles, "wikipedia/written": asked_articles}
+    found = fetched[name]() if name in fetched else load("squad", "validation", drop_bad=True)
     rest, test = split_titles(found, 10)
     train, watch = split_titles(rest, 5)
     return {"train": train, "watch": watch, "test": test}[part]

@@ -93,13 +93,17 @@ def test_written_questions_belong_to_the_paragraph_they_name(home, monkeypatch):
         asked_articles(path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "keys"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "keys"])
 def test_a_damaged_file_of_questions_is_named(home, monkeypatch, damage):
     write_wheel(home, monkeypatch, f"Heron -- {PROSE}")
     path = home / "questions.gz"
     write_questions(path, {"paragraph": text_id(PROSE), "asked": [["Who came?", "Bob"]] * 99})
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-12])
+    elif damage == "flipped":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 255
+        path.write_bytes(bytes(data))
     elif damage == "text":
         path.write_text("no gzip")
     else:

@@ -35,7 +35,7 @@ from d2l.experiments.fact_fitting import on_the_way
 from d2l.experiments.fact_scales import SOURCES
 from d2l.experiments.facts import FactRun, Stage, card, documents, wrong_document
 from d2l.experiments.qa import QaExperiment, _as_variant
-from d2l.experiments.shipped import load_shipped, weights_dir
+from d2l.experiments.shipped import fresh, load_shipped, weights_dir
 from d2l.lm.base import load_base
 from d2l.model import DocToLoRA
 from d2l.train import read_curve
@@ -243,10 +243,10 @@ def test_a_second_stage_goes_on_with_other_documents(tmp_path, monkeypatch):
     assert seeds == [(5, 99, 3), (2, 256, 10)]
     assert model.chunk == one.chunk
     kept = torch.load(tmp_path / "stage0" / "checkpoint.pt", weights_only=True)["hypernet"]
-    fresh = DocToLoRA(base, one.hypernet, one.chunk).hypernet.state_dict()
+    start = fresh(one, base).hypernet.state_dict()
     after = model.hypernet.state_dict()
     assert all(torch.equal(after[k], kept[k]) for k in after)  # nothing moves at a rate of 0
-    assert not all(torch.equal(after[k], fresh[k]) for k in after)
+    assert not all(torch.equal(after[k], start[k]) for k in after)
     for folder in (tmp_path, tmp_path / "stage0"):
         assert read_curve(folder)[-1]["step"] == 2
     again = fact_fitting.trained(both, base, tmp_path).hypernet.state_dict()
