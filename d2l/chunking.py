@@ -59,12 +59,15 @@ def cut(
 
 
 @functools.lru_cache(8)
-def sentence_ends(tokenizer: Any, min_tok: int) -> Ends:
-    """Return what tells that a piece of at least ``min_tok`` tokens ends with a sentence.
+def ends_of(tokenizer: Any, config: ChunkConfig) -> Ends | None:
+    """Return what tells that a piece of ``min_tok`` tokens or more ends with a sentence.
 
     That is, after a full stop, question or exclamation mark that white space follows and then no
-    small letter, and before a new line.
+    small letter, and before a new line.  White space is seen where tokens spell it (byte-level
+    and SentencePiece tokenizers).  None without ``config.sentences``.
     """
+    if not config.sentences:
+        return None
 
     @functools.cache
     def text(i: int) -> str:
@@ -72,7 +75,7 @@ def sentence_ends(tokenizer: Any, min_tok: int) -> Ends:
         return tokenizer.decode([i]) if token[:1] not in "ĠĊ▁" else f" {tokenizer.decode([i])}"
 
     return lambda piece, i: (
-        len(piece) >= min_tok
+        len(piece) >= config.min_tok
         and bool(_OPENS.match(text(i)))
         and bool(_CLOSES.search("".join(map(text, piece[-3:]))))
     )

@@ -17,7 +17,7 @@ from d2l_kernels import Segments
 from torch import Tensor
 
 from .adapter import Adapter, Source
-from .chunking import Ends, group_by_length, pieces_of, sentence_ends, unique
+from .chunking import Ends, ends_of, group_by_length, pieces_of, unique
 from .config import ChunkConfig, HypernetConfig
 from .hypernet import Hypernet, TargetShapes
 from .lm.base import LanguageModel, chat_affixes, render_chat
@@ -141,8 +141,7 @@ class DocToLoRA:
     @property
     def ends(self) -> Ends | None:
         """What tells where a chunk ends sooner than at full length, if anything does."""
-        chunk = self.chunk
-        return sentence_ends(self.reader.tokenizer, chunk.min_tok) if chunk.sentences else None
+        return ends_of(self.reader.tokenizer, self.chunk)
 
     def encode(self, chunks: Sequence[Sequence[int]], *, dedupe: bool = True) -> ChunkLora:
         """Compute the factors of every chunk; equal chunks are encoded once unless told not to."""

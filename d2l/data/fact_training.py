@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Literal
 
-from ..chunking import pieces_of, sample_chunks, sentence_ends, split
+from ..chunking import ends_of, pieces_of, sample_chunks, split
 from ..config import ChunkConfig
 from ..lm.base import chat_affixes, render_chat
 from .articles import articles, asked_articles
@@ -91,6 +91,8 @@ class FactTraining:
     def __init__(self, tokenizer: Any, stream: FactStream, chunk: ChunkConfig, seed: int) -> None:
         if not 0 <= stream.in_place <= 1:
             raise ValueError(f"in_place is a share, 0 to 1, not {stream.in_place}")
+        if stream.cut_share and chunk.sentences:
+            raise ValueError(f"cut_share {stream.cut_share} cuts equal chunks, not sentences")
         if low := {name: weight for name, weight in stream.mix.items() if not weight > 0}:
             raise ValueError(f"the weights of mix must be above 0, not {low}")
         self.stream, self.chunk, self.seed = stream, chunk, seed
@@ -225,8 +227,7 @@ def fact_example(
     prefix, suffix = chat_affixes(tokenizer)
     ids = render_chat(tokenizer, record.document.strip())
     if rng is None:
-        ends = sentence_ends(tokenizer, chunk.min_tok) if chunk.sentences else None
-        pieces = pieces_of(ids, chunk, prefix, suffix, ends)
+        pieces = pieces_of(ids, chunk, prefix, suffix, ends_of(tokenizer, chunk))
     else:
         pieces = split(ids, sample_chunks(len(ids), chunk, rng), prefix, suffix)
     end = end_of_turn(tokenizer)

@@ -30,8 +30,9 @@ from .facts import FactRun, Stage, documents
 from .shipped import fresh
 
 _NEXT = 7
-SENTENCES = 12
-"""Chunks to which documents that are cut at sentences go in training, but for few."""
+"""How far the seed of a stage's documents lies behind that of the stage before."""
+_MOST_SENTENCES = 12
+"""Chunks that training composes where they are sentences (4 of 512 documents had more)."""
 
 
 def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
@@ -42,7 +43,7 @@ def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
     """
     most = max(PUBLISHED_CHUNK_PROBS) if wanted.stream.cut_share else 1
     if wanted.chunk.sentences:
-        most = SENTENCES
+        most = _MOST_SENTENCES
     model = fresh(wanted, base, trained_chunks=most)
     last = Stage(wanted.stream, wanted.train, wanted.chunk)
     for i, stage in enumerate((*wanted.before, last)):

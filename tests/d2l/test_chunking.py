@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from d2l.chunking import (
     cut,
+    ends_of,
     fewest_chunks,
     group_by_length,
     pieces_of,
     sample_chunks,
-    sentence_ends,
     split,
     unique,
 )
@@ -199,31 +199,38 @@ def letters():
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
+def sentences(tokenizer, min_tok):
+    return ends_of(tokenizer, ChunkConfig(200, min_tok, sentences=True))
+
+
 def texts(tokenizer, pieces):
     return [tokenizer.decode(piece) for piece in pieces]
 
 
 def test_chunks_end_with_sentences(letters):
     ids = letters("".join(SENTENCES)).input_ids
-    ends = sentence_ends(letters, 1)
+    ends = sentences(letters, 1)
     config = ChunkConfig(max_tok=200, min_tok=1, sentences=True)
     found = texts(letters, pieces_of(ids, config, [], [], ends))
     assert "".join(found) == "".join(SENTENCES)
     assert [f.strip() for f in found] == [s.strip() for s in SENTENCES]
-    joined = texts(letters, pieces_of(ids, config, [], [], sentence_ends(letters, 30)))
+    joined = texts(letters, pieces_of(ids, config, [], [], sentences(letters, 30)))
     assert joined[0].startswith(SENTENCES[0] + SENTENCES[1])
     assert all(len(j.encode()) >= 30 for j in joined[:-1])
 
 
 def test_a_sentence_longer_than_a_chunk_is_cut_at_full_length(letters):
     ids = letters("a" * 25 + ". B").input_ids
-    pieces = list(cut([ids], 10, [], [], sentence_ends(letters, 1)))
+    pieces = list(cut([ids], 10, [], [], sentences(letters, 1)))
     assert texts(letters, pieces) == ["a" * 10, "a" * 10, "aaaaa.", " B"]
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 def test_a_stream_is_cut_as_the_whole(letters, size):
-    ids, ends = letters("".join(SENTENCES) * 3).input_ids, sentence_ends(letters, 8)
+    ids, ends = (
+        letters("".join(SENTENCES) * 3).input_ids,
+        sentences(letters, 8),
+    )
     parts = [ids[i : i + size] for i in range(0, len(ids), size)]
     for chosen in (ends, None):
         whole = list(cut([ids], 24, [1], [2, 3], chosen))
@@ -232,7 +239,11 @@ def test_a_stream_is_cut_as_the_whole(letters, size):
         assert inner == ids
 
 
+def test_nothing_ends_sooner_unless_it_is_asked_for(letters):
+    assert ends_of(letters, ChunkConfig(200, 8)) is None
+
+
 def test_sentences_do_not_lower_the_least_length(letters):
     config = ChunkConfig(max_tok=50, min_tok=8, sentences=True)
     with pytest.raises(ValueError, match=r"has 3 tokens .* needs at least 8"):
-        pieces_of([1, 2, 3], config, [], [], sentence_ends(letters, 8))
+        pieces_of([1, 2, 3], config, [], [], sentences(letters, 8))

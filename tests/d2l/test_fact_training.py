@@ -144,6 +144,12 @@ def test_a_stream_that_cannot_be_is_refused_at_once(base, titled, options, messa
         stream(base, **options)
 
 
+def test_equal_chunks_and_sentences_do_not_go_together(base):
+    chunk = ChunkConfig(64, 8, sentences=True)
+    with pytest.raises(ValueError, match=r"cut_share 0\.5 cuts equal chunks, not sentences"):
+        FactTraining(base.tokenizer, FactStream(cut_share=0.5), chunk, seed=0)
+
+
 def test_the_training_split_of_a_set_is_watched_and_tested_on_the_same_titles(monkeypatch):
     def load(name, split, **_):
         asked = (Question("what?", (split,)),)
