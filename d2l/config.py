@@ -83,6 +83,7 @@ class HypernetConfig:
     layer, module and rank, so that a chunk with nothing to say can stay silent.  ``d_copy`` is
     ours too: the width of a path by which every rank row reads one place of the text directly (see
     `hypernet.CopyPath`); 0 leaves it out.  With ``say_next`` what it reads is also said as it is.
+    With ``ridge``, ours as well, rows that are alike do not speak together (`hypernet.apart`).
     ``mlp_dropout`` acts in training, before both matrices
     of the pre-head MLPs.
     """
@@ -96,6 +97,7 @@ class HypernetConfig:
     chunk_gate: bool = False
     d_copy: int = 0
     say_next: bool = False
+    ridge: bool = False
     mlp_dropout: float = 0.0
 
 

@@ -117,13 +117,15 @@ class Hypernet(nn.Module):
     multiplied by ``sigmoid(sqrt(d) w.u + b)``; this gate is not in the published system.  With
     ``config.d_copy`` the first half of what `CopyPath` reads adds to A and the second half to B,
     through heads of their own; with ``config.say_next`` the embedding that it reads, scaled to unit
-    norm and by a gain for each row, adds to B too.
+    norm and by a gain for each row, adds to B too.  With ``config.ridge`` A is set `apart` last, by
+    a penalty learned for each layer and module.
 
     Raises ValueError for a target without layers or modules, and for ``say_next`` where features
     hold no next token or a target does not write into the residual stream.
     """
 
     GATE_BIAS = 2.0
+    RIDGE = 0.03
 
     def __init__(self, config: HypernetConfig, targets: TargetShapes, d_model: int) -> None:
         super().__init__()
@@ -167,6 +169,8 @@ class Hypernet(nn.Module):
             self.copy_B = nn.Parameter(torch.randn(L, M, config.d_copy - w, d_outs) * spread)
             if config.say_next:
                 self.copy_gain = nn.Parameter(torch.ones(L, M, r, 1))
+        if config.ridge:
+            self.scaler_ridge = nn.Parameter(torch.full((L, M), math.log(self.RIDGE)))
 
     def read(
         self, features: Float[Tensor, "tok d_model"], segments: Segments
@@ -230,6 +234,8 @@ class Hypernet(nn.Module):
             if n_said:
                 own_B = own_B + F.normalize(said[:, :, i].to(own), dim=-1) * self.copy_gain[:, i]
             A[m] = own_A * self.scaler_A[m]
+            if self.config.ridge:
+                A[m] = apart(A[m], self.scaler_ridge[:, i].exp())
             B[m] = own_B * self.scaler_B[m]
             if gate is not None:
                 B[m] = B[m] * gate[:, :, i, :, None]
@@ -255,3 +261,24 @@ class Hypernet(nn.Module):
             weights=weights,
             dropout=self.config.lora.dropout,
         )
+
+
+def apart(
+    A: Float[Tensor, "chunk layer r d_in"], penalty: Float[Tensor, " layer"]
+) -> Float[Tensor, "chunk layer r d_in"]:
+    """Set a chunk's rows apart: ``s (1 + penalty) (A A^T + penalty s I)^-1 A``.
+
+    ``s`` is the rows' mean square norm.  With rows A as given an input that matches one also wakes
+    all that are like it, and what they say adds up.  Set apart, ``B^T A`` is (up to ``s (1 +
+    penalty)``) the ridge regression of the rows of B on those of A: it says each row's words to
+    that row's input and as little as it can to the others'.  Rows of equal norm that are orthogonal
+    stay as they are; of n equal rows each becomes about an n-th.  Ours, after the least-squares
+    updates of ROME and MEMIT (arXiv 2210.07229).
+    """
+    with torch.autocast(A.device.type, enabled=False):
+        gram = A @ A.mT
+        size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        gram = gram / size.clamp_min(torch.finfo(A.dtype).tiny)
+        penalty = penalty.to(A)[:, None, None]
+        inverse, _ = torch.linalg.inv_ex(gram + penalty * torch.eye(A.shape[-2]).to(A))
+        return (1 + penalty) * (inverse @ A)

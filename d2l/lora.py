@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -180,7 +181,8 @@ def route_rows(loras: LoraBatch, doc_of_row: Sequence[int], *, training: bool = 
     if bad:
         raise ValueError(f"document {bad[0]} is not among the {len(loras)} adapters")
     order = sorted(range(len(doc_of_row)), key=lambda i: doc_of_row[i])
-    counts = [doc_of_row.count(d) for d in range(-1, len(loras))]
+    counted = Counter(doc_of_row)
+    counts = [counted[d] for d in range(-1, len(loras))]
     in_order = order == list(range(len(order)))
     with_none = counts[0] > 0
     rank = Segments((0, *loras.rank.lengths)) if with_none else loras.rank

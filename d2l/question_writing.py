@@ -52,7 +52,7 @@ class Writing:
     epochs: int = 2
     batch: int = 64
     lr: float = 2e-4
-    per_paragraph: int = 3
+    per_paragraph: int = 8
     top_p: float = 0.8
     max_new_tokens: int = 32
     shard: int = 4096

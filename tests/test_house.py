@@ -52,7 +52,8 @@ INTERFACES = {"cli", "widgets", "__main__", "documents", "compare", "lm.smollm2"
 FLOORS = (
     {"config", "types", "lm", "home", "intervals", "documents", "qa_metrics", "meter"},
     {"hypernet", "perceiver", "lora", "chunking", "adapter", "export"},
-    {"model", "reading", "losses", "data", "checkpoint", "published", "pretrained", "muon"},
+    {"model", "reading", "losses", "data", "checkpoint", "published", "pretrained", "muon"}
+    | {"routing"},
     {"train", "evaluate", "baselines", "bench", "tiny_training", "store", "compare"}
     | {"tiny_needle", "tiny_qa", "self_generate", "question_writing", "teacher", "teaching"}
     | RESULTS,
@@ -74,7 +75,7 @@ CONFINED = {
     "pyarrow": ("d2l.self_generate",),
     "datasets": ("d2l.data.public",),
     "llmlingua": ("d2l.baselines.prompted",),
-    "bm25s": ("d2l.baselines.prompted",),
+    "bm25s": ("d2l.routing",),
     "vllm": ("d2l.teacher",),
     "pandas": ("d2l.experiments", "d2l.experiments.*", *(f"d2l.{room}" for room in RESULTS)),
 }

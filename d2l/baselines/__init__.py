@@ -9,6 +9,7 @@ from .distilled import DistillConfig, distilled
 from .internalized import (
     d2l_batched,
     d2l_iterative,
+    d2l_routed,
     d2l_swapped,
     d2l_with_truncated_context,
     document_alone,
@@ -25,6 +26,7 @@ __all__ = [
     "compressed",
     "d2l_batched",
     "d2l_iterative",
+    "d2l_routed",
     "d2l_swapped",
     "d2l_with_truncated_context",
     "distilled",

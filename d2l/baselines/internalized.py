@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ..lora import ChunkLora, LoraBatch
-from ..meter import Meter
+from ..meter import MIB, Meter
 from ..model import DocToLoRA
+from ..routing import PART_TOK, Routed
 from .prompted import cut_middle
 from .setting import Method, Reply, Setting, reply_to
 
@@ -43,6 +44,27 @@ def d2l_with_truncated_context(
         context = cut_middle(setting.base, document, setting.room_tok(question))
         replies.append(reply_to(setting, document, question, update, context=context, loras=loras))
     return replies
+
+
+def d2l_routed(part_tok: int = PART_TOK, of: Mapping[str, str] | None = None) -> Method:
+    """Return the method that internalises sentences apart and asks the part BM25 ranks first.
+
+    As `d2l.routing` does.  ``of`` gives the document that is read in place of each.  The update is
+    reading all parts and their index; ``adapter_mib`` counts them all.
+    """
+
+    def method(setting: Setting, document: str, questions: Sequence[str]) -> list[Reply]:
+        model, base = _hypernet(setting), setting.base
+        read = document if of is None else of[document]
+        parts, update = setting.measured(lambda: Routed.read(model, read, part_tok=part_tok))
+        replies = []
+        for question in questions:
+            loras = parts.adapter_for(question).batch(base.device, base.model.dtype)
+            reply = reply_to(setting, document, question, update, loras=loras)
+            replies.append(dataclasses.replace(reply, adapter_mib=parts.nbytes / MIB))
+        return replies
+
+    return method
 
 
 def d2l_swapped(setting: Setting, document: str, questions: Sequence[str]) -> list[Reply]:

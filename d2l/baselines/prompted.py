@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from ..lm.base import LanguageModel
 from ..meter import Meter
+from ..routing import Index, sentence_chunks
 from .setting import Method, Reply, Setting, reply_to
 
 LLMLINGUA2 = "microsoft/llmlingua-2-xlm-roberta-large-meetingbank"
@@ -148,38 +148,7 @@ def _surprisal_bits(base: LanguageModel, ids: Sequence[int]) -> list[float]:
 def best_chunk(base: LanguageModel, document: str, question: str, chunk_tok: int) -> str:
     """Return the chunk of whole sentences that BM25 ranks first for a question."""
     chunks = sentence_chunks(base, document, chunk_tok)
-    if len(chunks) == 1:
-        return chunks[0]
-    # bm25s starts JAX where that is installed, which would take three quarters of a GPU's memory
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    import bm25s
-
-    quiet: dict[str, Any] = {"show_progress": False, "stopwords": None}
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(chunks, **quiet), show_progress=False)
-    asked = bm25s.tokenize(question, **quiet)
-    best, _ = index.retrieve(asked, k=1, show_progress=False, backend_selection="numpy")
-    return chunks[int(best[0, 0])]
-
-
-def sentence_chunks(base: LanguageModel, document: str, chunk_tok: int) -> list[str]:
-    """Pack whole sentences into chunks of up to ``chunk_tok`` tokens.
-
-    >>> from d2l.lm.base import load_base
-    >>> sentence_chunks(load_base("tiny"), "Here we go. There and back again. Here we go.", 10)
-    ['Here we go. There and back again.', 'Here we go.']
-    """
-    chunks: list[str] = []
-    held = 0
-    for sentence in re.split(r"(?<=[.!?])\s+|\n+", document.strip()):
-        n = len(base.tokenizer(sentence, add_special_tokens=False).input_ids)
-        if chunks and held + n <= chunk_tok:
-            chunks[-1] += f" {sentence}"
-            held += n
-        else:
-            chunks.append(sentence)
-            held = n
-    return chunks
+    return chunks[Index(chunks).best(question)[0]]
 
 
 @functools.cache

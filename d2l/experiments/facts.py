@@ -25,6 +25,7 @@ from ..baselines import (
     compressed,
     d2l_batched,
     d2l_iterative,
+    d2l_routed,
     d2l_with_truncated_context,
     distilled,
     in_context,
@@ -45,6 +46,7 @@ from ..data.record import Record
 from ..meter import Meter
 from ..model import DocToLoRA
 from ..qa_metrics import QaScore, score
+from ..routing import PART_TOK
 from ..train import TrainConfig
 from .shipped import FROM_SCRATCH, Curve
 
@@ -62,7 +64,7 @@ class FactEval:
     ``kinds`` of questions take turns.  ``rivals`` of the documents is that of the training stream
     where it is None.  ``public`` names a public set that is asked about instead (of SQuAD the
     titles held out for tests), in as many documents as ``n_docs`` first says; their number of facts
-    counts as 0.
+    counts as 0.  ``routed`` asks the best part of a document too, as adapter and in the prompt.
     """
 
     n_facts: tuple[int, ...] = (8,)
@@ -80,6 +82,7 @@ class FactEval:
     rivals: bool | None = None
     public: str = ""
     forms: str = "test"
+    routed: bool = False
     max_new_tokens: int = 16
     seed: int = 4321
 
@@ -173,9 +176,7 @@ def wrong_document(records: Sequence[Record], *, in_context: bool = False) -> Me
 
     With ``in_context`` the right document stands in the prompt.
     """
-    following = {
-        r.document: records[(i + 1) % len(records)].document for i, r in enumerate(records)
-    }
+    following = _following(records)
 
     def method(setting: Setting, document: str, questions: Sequence[str]) -> list[Reply]:
         model = setting.hypernet
@@ -190,6 +191,11 @@ def wrong_document(records: Sequence[Record], *, in_context: bool = False) -> Me
     return method
 
 
+def _following(records: Sequence[Record]) -> dict[str, str]:
+    """Map every document to the next one."""
+    return {r.document: records[(i + 1) % len(records)].document for i, r in enumerate(records)}
+
+
 def methods(wanted: FactRun, records: Sequence[Record]) -> dict[tuple[str, str], Method]:
     """List every method by (series, part), those that train on each document last."""
     e = wanted.eval
@@ -198,12 +204,16 @@ def methods(wanted: FactRun, records: Sequence[Record]) -> dict[tuple[str, str],
         ("base_without_context", ""): without_context,
         ("truncated_context", "half"): truncated_context,
         **{("selective_context", f"{rate:g}"): compressed(rate) for rate in e.rates},
-        ("retrieved", ""): retrieved(32),
+        ("retrieved", ""): retrieved(PART_TOK),
         ("d2l", "batched"): d2l_batched,
         ("d2l", "iterative"): d2l_iterative,
         ("d2l_with_truncated_context", "half"): d2l_with_truncated_context,
         ("wrong_document", ""): wrong_document(records),
     }
+    if e.routed:
+        found["d2l_routed", ""] = d2l_routed()
+        found["d2l_routed", "wrong document"] = d2l_routed(of=_following(records))
+        found["retrieved_part", ""] = retrieved(PART_TOK)
     if e.n_slow:
         oracle = DistillConfig(epochs=e.cd_epochs, lr=e.cd_lr)
         found["cd_oracle", ""] = distilled(oracle)

@@ -9,12 +9,15 @@ from .qa import COMPARED, PUBLIC, SETS, QaExperiment
 FIGURE = QaExperiment(
     "fig7",
     draw=draw_fig3,
-    series=(*COMPARED, "selective_context", "cd_oracle", "cd_generated"),
+    series=(
+        *COMPARED, "d2l_routed", "retrieved_part", "selective_context", "cd_oracle", "cd_generated",
+    ),
     sets={name: SETS[name] for name in ("numeric", "situational", "two hops")},
     public=PUBLIC,
     changes={
         "small": {
-            "eval.n_docs": (40,), "eval.n_questions": 1, "eval.rates": (), "eval.n_slow": 0,
+            "eval.n_docs": (80,), "eval.n_questions": 1, "eval.rates": (), "eval.n_slow": 0,
+            "eval.routed": True,
         },
         "smoke": {"eval.n_facts": (4,)},
         "tiny": {

@@ -330,7 +330,7 @@ def test_the_schedule_warms_up_and_ends_at_the_floor():
 
 
 def test_only_matrices_are_decayed():
-    module = objective(doc_to_lora(chunk_gate=True))
+    module = objective(doc_to_lora(chunk_gate=True, ridge=True))
     names = {id(p): n for n, p in module.named_parameters()}
     decayed, kept = (
         {names[id(p)].removeprefix("hypernet.") for p in group["params"]}
@@ -341,6 +341,7 @@ def test_only_matrices_are_decayed():
     assert {"head", "mlps.0.W1", "perceiver.projection.gate.weight"} <= decayed
     assert {"perceiver.encoder.blocks.0.mlp.gate.weight", "mlps.0.W2"} <= decayed
     assert {"gate_weight", "gate_bias", "mlps.0.b1", "mlps.0.norm_in.weight"} <= kept
+    assert "scaler_ridge" in kept
     assert {"scaler_A.down_proj", "bias_B.down_proj", "perceiver.decoder.latents"} <= kept
 
 

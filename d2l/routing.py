@@ -1,0 +1,118 @@
+"""A document read in parts, of which a question wakes the ones that share its words.
+
+An adapter of a whole document answers worse than that of the sentence which is asked about: what
+the others' rows say adds up (LOG.md).  So each part keeps an adapter of its own, and BM25 picks.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from .adapter import Adapter
+from .lm.base import LanguageModel
+from .model import DocToLoRA
+
+PART_TOK = 16
+_QUIET: dict[str, Any] = {"show_progress": False, "stopwords": None}
+
+
+class Routed:
+    """The adapters of a document's parts, and an index of the words of each.
+
+    The document itself is not kept, and never stands in a prompt:
+    ``model.ask(question, routed.adapter_for(question))``.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], parts: Sequence[str]) -> None:
+        """Keep an adapter for each part; ValueError unless there are as many, one at least."""
+        if not parts or len(adapters) != len(parts):
+            raise ValueError(f"{len(parts)} parts need as many adapters, not {len(adapters)}")
+        self.adapters = tuple(adapters)
+        self._index = Index(parts)
+
+    @classmethod
+    def read(cls, model: DocToLoRA, document: str, *, part_tok: int = PART_TOK) -> Routed:
+        """Internalise a text in parts of whole sentences, up to ``part_tok`` tokens each.
+
+        A sentence that is longer is a part of its own; equal parts are read once.  Raises
+        ValueError for ``part_tok`` below 1, and what `DocToLoRA.internalize_batch` raises.
+        """
+        if not document.strip():
+            raise ValueError("the document is empty")
+        parts = list(dict.fromkeys(sentence_chunks(model.base, document, part_tok)))
+        return cls(model.internalize_batch(parts), parts)
+
+    def adapter_for(self, question: str, k: int = 1) -> Adapter:
+        """Return the adapter of the part that suits a question best, of the ``k`` best together.
+
+        Raises ValueError for ``k`` below 1.
+        """
+        best = self._index.best(question, k)
+        return functools.reduce(operator.add, (self.adapters[i] for i in best))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts' factors."""
+        return sum(a.nbytes for a in self.adapters)
+
+
+class Index:
+    """BM25 over a few texts."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.n, self._bm25 = len(texts), None
+        if len(texts) > 1:
+            # bm25s starts JAX where that is installed, which would take 3/4 of a GPU's memory
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+            import bm25s
+
+            words = bm25s.tokenize(list(texts), **_QUIET)
+            if words.vocab:
+                self._bm25 = bm25s.BM25()
+                self._bm25.index(words, show_progress=False)
+
+    def best(self, question: str, k: int = 1) -> list[int]:
+        """Return the positions of the ``k`` best texts, in their order; the first without a match.
+
+        Raises ValueError for ``k`` below 1.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        k = min(k, self.n)
+        if self._bm25 is None:
+            return list(range(k))
+        import bm25s
+
+        asked = bm25s.tokenize(question, **_QUIET)
+        options: dict[str, Any] = {"show_progress": False, "backend_selection": "numpy"}
+        found, _ = self._bm25.retrieve(asked, k=k, **options)
+        return sorted(map(int, found[0]))
+
+
+def sentence_chunks(base: LanguageModel, document: str, chunk_tok: int) -> list[str]:
+    """Pack whole sentences into chunks of up to ``chunk_tok`` tokens; a longer one stands alone.
+
+    Raises ValueError for ``chunk_tok`` below 1.
+
+    >>> from d2l.lm.base import load_base
+    >>> sentence_chunks(load_base("tiny"), "Here we go. There and back again. Here we go.", 10)
+    ['Here we go. There and back again.', 'Here we go.']
+    """
+    if chunk_tok < 1:
+        raise ValueError(f"a part needs at least 1 token, not {chunk_tok}")
+    chunks: list[str] = []
+    held = 0
+    for sentence in re.split(r"(?<=[.!?])\s+|\n+", document.strip()):
+        n = len(base.tokenizer(sentence, add_special_tokens=False).input_ids)
+        if chunks and held + n <= chunk_tok:
+            chunks[-1] += f" {sentence}"
+            held += n
+        else:
+            chunks.append(sentence)
+            held = n
+    return chunks
