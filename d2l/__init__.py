@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from .export import from_peft
     from .lm.base import LanguageModel, load_base
     from .model import DocToLoRA
+    from .routing import Routed
     from .store import AdapterStore
 
 __all__ = [
-    "Adapter", "AdapterStore", "DocToLoRA", "LanguageModel", "Source", "from_peft", "load_base",
+    "Adapter", "AdapterStore", "DocToLoRA", "LanguageModel", "Routed", "Source", "from_peft",
+    "load_base",
 ]  # fmt: skip
 
 _HOME = {
@@ -30,6 +32,7 @@ _HOME = {
     "AdapterStore": "store",
     "DocToLoRA": "model",
     "LanguageModel": "lm.base",
+    "Routed": "routing",
     "Source": "adapter",
     "from_peft": "export",
     "load_base": "lm.base",

@@ -50,6 +50,7 @@ def answers(method, setting, sample):
         baselines.compressed(1.0),
         baselines.d2l_batched,
         baselines.d2l_iterative,
+        baselines.d2l_routed(),
     ],
     ids=lambda method: method.__qualname__.split(".")[0],
 )
