@@ -25,7 +25,7 @@ _QA_STYLES = {
     "selective_context": Style("selective context", (0.55, 0.55, 0.55), "."),
     "retrieved": Style("best chunk (BM25)", COLOURS[2], "v"),
     "d2l": Style("D2L", COLOURS[0], "o"),
-    "d2l_routed": Style("D2L of the best part (BM25)", COLOURS[8], "o"),
+    "d2l_routed": Style("D2L of the best part (BM25)", COLOURS[0], "o", hollow=True),
     "retrieved_part": Style("best part in the prompt (BM25)", COLOURS[2], "v", hollow=True),
     "d2l_with_truncated_context": Style("D2L and half of the document", COLOURS[9], "o"),
     "wrong_document": Style("D2L, wrong document", COLOURS[4], "D", hollow=True),

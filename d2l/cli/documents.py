@@ -60,6 +60,13 @@ def ask(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also ask the base, and with the text in its prompt.")
     ] = False,
+    by_sentence: Annotated[
+        bool,
+        typer.Option(
+            "--by-sentence",
+            help="Read sentences apart; the one with the question's words answers.",
+        ),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     base: Base = "",
     device: Device = "auto",
@@ -70,8 +77,13 @@ def ask(
         raise ValueError(f"a question is wanted last, got {question!r}")
     if compare and len(documents) != 1:
         raise ValueError(f"--compare takes one document, got {len(documents)}")
+    if by_sentence and not documents:
+        raise ValueError("--by-sentence takes a document at least")
     loaded = common.load(model, base, device, documents)
-    adapter = common.adapter_of(loaded, documents, strength)
+    if by_sentence:
+        adapter = common.sentence_for(question, loaded, documents).scaled(strength)
+    else:
+        adapter = common.adapter_of(loaded, documents, strength)
     if compare and adapter is not None:
         from ..compare import compare as compared
         from ..documents import read_text

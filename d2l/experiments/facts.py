@@ -212,7 +212,7 @@ def methods(wanted: FactRun, records: Sequence[Record]) -> dict[tuple[str, str],
     }
     if e.routed:
         found["d2l_routed", ""] = d2l_routed()
-        found["d2l_routed", "wrong document"] = d2l_routed(of=_following(records))
+        found["wrong_document", "routed"] = d2l_routed(of=_following(records))
         found["retrieved_part", ""] = retrieved(PART_TOK)
     if e.n_slow:
         oracle = DistillConfig(epochs=e.cd_epochs, lr=e.cd_lr)

@@ -61,6 +61,18 @@ def test_ask_of_several_documents_of_any_format(desk, call, tiny):
     assert call("ask", "page.pdf", QUESTION) == (0, "7305\n")
 
 
+def test_ask_by_sentence_reads_sentences_apart(desk, call, tiny):
+    colours = ("green", "blue", "red", "white", "old")
+    named = "The {} village slept and the sun is yellow and so on."
+    (desk / "two.txt").write_text("\n".join(map(named.format, colours)))
+    asked = "Where is the red village?"
+    code, said = call("ask", "two.txt", asked, "--by-sentence", "--json")
+    assert code == 0
+    assert [d["title"] for d in json.loads(said)["documents"]] == [named.format("red")]
+    assert json.loads(said)["answer"] == tiny.ask(asked, tiny.internalize(named.format("red")))
+    assert call("ask", "page.md", QUESTION, "--by-sentence")[0] == 0
+
+
 def test_ask_without_a_document_asks_the_base(desk, call, tiny):
     assert call("ask", QUESTION) == (0, tiny.ask(QUESTION) + "\n")
     assert call("ask", "page.md", QUESTION, "--strength", "0") == (0, tiny.ask(QUESTION) + "\n")
@@ -137,6 +149,8 @@ def test_progress_counts_chunks(desk, tiny, capfd):
         (("ask", "page.md"), 2, "a question is wanted last, got 'page.md'"),
         (("ask", "page.md", " "), 2, "a question is wanted last"),
         (("ask", "page.md", "word.txt", "x", "--compare"), 2, "--compare takes one document"),
+        (("ask", "x y", "--by-sentence"), 2, "--by-sentence takes a document at least"),
+        (("ask", "folder", "x", "--by-sentence"), 2, "but folder is an adapter"),
         (("ask", "binary.bin", "x"), 2, "is a binary file"),
         (("ask", "scan.pdf", "x"), 2, "no text, as scans do"),
         (("ask", "latin.txt", "x"), 2, "is not UTF-8 text: byte 3"),
