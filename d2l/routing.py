@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .adapter import Adapter
-from .lm.base import LanguageModel
+from .lm.base import LanguageModel, render_chat
 from .model import DocToLoRA
 
 PART_TOK = 16
@@ -39,12 +39,21 @@ class Routed:
     def read(cls, model: DocToLoRA, document: str, *, part_tok: int = PART_TOK) -> Routed:
         """Internalise a text in parts of whole sentences, up to ``part_tok`` tokens each.
 
-        A sentence that is longer is a part of its own; equal parts are read once.  Raises
-        ValueError for ``part_tok`` below 1, and what `DocToLoRA.internalize_batch` raises.
+        A sentence that is longer is a part of its own, one too short for a chunk joins the next;
+        equal parts are read once.  Raises ValueError for ``part_tok`` below 1, and what
+        `DocToLoRA.internalize_batch` raises.
         """
         if not document.strip():
             raise ValueError("the document is empty")
-        parts = list(dict.fromkeys(sentence_chunks(model.base, document, part_tok)))
+        parts: list[str] = []
+        for part in sentence_chunks(model.base, document, part_tok):
+            if parts and _too_short(model, parts[-1]):
+                parts[-1] += f" {part}"
+            else:
+                parts.append(part)
+        if len(parts) > 1 and _too_short(model, parts[-1]):
+            parts[-2:] = [" ".join(parts[-2:])]
+        parts = list(dict.fromkeys(parts))
         return cls(model.internalize_batch(parts), parts)
 
     def adapter_for(self, question: str, k: int = 1) -> Adapter:
@@ -59,6 +68,10 @@ class Routed:
     def nbytes(self) -> int:
         """Bytes of all parts' factors."""
         return sum(a.nbytes for a in self.adapters)
+
+
+def _too_short(model: DocToLoRA, part: str) -> bool:
+    return len(render_chat(model.base.tokenizer, part)) < model.chunk.min_tok
 
 
 class Index:

@@ -27,7 +27,7 @@ def test_the_python_examples_give_what_they_show():
     runner = doctest.DocTestRunner(verbose=False)
     said = []
     runner.run(parsed, out=said.append)
-    assert runner.summarize(verbose=False).attempted == 9
+    assert runner.summarize(verbose=False).attempted == 13
     assert not said, "".join(said)
 
 

@@ -1,5 +1,6 @@
 """A document in parts: which part a question wakes, against BM25 by its formula."""
 
+import dataclasses
 import math
 import random
 import re
@@ -8,6 +9,7 @@ import pytest
 import torch
 from tiny_models import doc_to_lora, speaking
 
+from d2l.lm.base import render_chat
 from d2l.routing import Index, Routed, sentence_chunks
 
 PARTS = (
@@ -61,6 +63,22 @@ def test_equal_parts_are_read_once_and_one_part_needs_no_index(model):
     assert len(twice.adapters) == 2
     (only,) = Routed.read(model, PARTS[0]).adapters
     assert same(Routed.read(model, PARTS[0]).adapter_for("Who?", k=3), only)
+
+
+def test_a_part_too_short_for_a_chunk_joins_its_neighbour():
+    model = doc_to_lora(speaking())
+    model.chunk = dataclasses.replace(model.chunk, min_tok=2)
+    alone = Routed.read(model, f"Go. {TEXT} Go.", part_tok=1)
+    model.chunk = dataclasses.replace(
+        model.chunk, min_tok=1 + len(render_chat(model.base.tokenizer, "Go."))
+    )
+    joined = Routed.read(model, f"Go. {TEXT} Go.", part_tok=1)
+    assert [len(r.adapters) for r in (alone, joined)] == [4, 3]
+    ends = model.internalize_batch([f"Go. {PARTS[0]}", f"{PARTS[2]} Go."])
+    assert same(joined.adapters[0], ends[0])
+    assert same(joined.adapters[2], ends[1])
+    with pytest.raises(ValueError, match="a chunk needs at least"):
+        Routed.read(model, "Go.")
 
 
 def test_short_sentences_are_packed_and_long_ones_stand_alone(model):
