@@ -16,6 +16,8 @@ from .config import HypernetConfig
 from .lora import ChunkLora, LoraBatch, compose
 from .perceiver import Perceiver, RMSNorm
 
+_LEAST_PENALTY = 1e-2
+
 
 @dataclass(frozen=True)
 class TargetShapes:
@@ -272,13 +274,15 @@ def apart(
     all that are like it, and what they say adds up.  Set apart, ``B^T A`` is (up to ``s (1 +
     penalty)``) the ridge regression of the rows of B on those of A: it says each row's words to
     that row's input and as little as it can to the others'.  Rows of equal norm that are orthogonal
-    stay as they are; of n equal rows each becomes about an n-th.  Ours, after the least-squares
-    updates of ROME and MEMIT (arXiv 2210.07229).
+    stay as they are; of n equal rows each becomes about an n-th.  A is float32 or float64; a
+    penalty below .01 counts as that, since float32 cannot tell equal rows apart then.  Ours, after
+    the least-squares updates of ROME and MEMIT (arXiv 2210.07229).
     """
     with torch.autocast(A.device.type, enabled=False):
         gram = A @ A.mT
         size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         gram = gram / size.clamp_min(torch.finfo(A.dtype).tiny)
-        penalty = penalty.to(A)[:, None, None]
-        inverse, _ = torch.linalg.inv_ex(gram + penalty * torch.eye(A.shape[-2]).to(A))
+        penalty = penalty.to(A).clamp_min(_LEAST_PENALTY)[:, None, None]
+        eye = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
+        inverse, _ = torch.linalg.inv_ex(gram + penalty * eye)
         return (1 + penalty) * (inverse @ A)

@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from .adapter import Adapter
 from .lm.base import LanguageModel, render_chat
 from .model import DocToLoRA
@@ -37,23 +39,11 @@ class Routed:
 
     @classmethod
     def read(cls, model: DocToLoRA, document: str, *, part_tok: int = PART_TOK) -> Routed:
-        """Internalise a text in parts of whole sentences, up to ``part_tok`` tokens each.
+        """Internalise a text in parts, as `parts_of` cuts it; all are held in memory.
 
-        A sentence that is longer is a part of its own, one too short for a chunk joins the next;
-        equal parts are read once.  Raises ValueError for ``part_tok`` below 1, and what
-        `DocToLoRA.internalize_batch` raises.
+        Raises what `parts_of` and `DocToLoRA.internalize_batch` raise.
         """
-        if not document.strip():
-            raise ValueError("the document is empty")
-        parts: list[str] = []
-        for part in sentence_chunks(model.base, document, part_tok):
-            if parts and _too_short(model, parts[-1]):
-                parts[-1] += f" {part}"
-            else:
-                parts.append(part)
-        if len(parts) > 1 and _too_short(model, parts[-1]):
-            parts[-2:] = [" ".join(parts[-2:])]
-        parts = list(dict.fromkeys(parts))
+        parts = parts_of(model, document, part_tok)
         return cls(model.internalize_batch(parts), parts)
 
     def adapter_for(self, question: str, k: int = 1) -> Adapter:
@@ -70,12 +60,31 @@ class Routed:
         return sum(a.nbytes for a in self.adapters)
 
 
+def parts_of(model: DocToLoRA, document: str, part_tok: int = PART_TOK) -> list[str]:
+    """Cut a text into parts of whole sentences, up to ``part_tok`` tokens each, equal ones once.
+
+    A sentence that is longer is a part of its own; a part too short for a chunk joins the next one,
+    the last the one before.  Raises ValueError for an empty text and ``part_tok`` below 1.
+    """
+    if not document.strip():
+        raise ValueError("the document is empty")
+    parts: list[str] = []
+    for part in sentence_chunks(model.base, document, part_tok):
+        if parts and _too_short(model, parts[-1]):
+            parts[-1] += f" {part}"
+        else:
+            parts.append(part)
+    if len(parts) > 1 and _too_short(model, parts[-1]):
+        parts[-2:] = [" ".join(parts[-2:])]
+    return list(dict.fromkeys(parts))
+
+
 def _too_short(model: DocToLoRA, part: str) -> bool:
     return len(render_chat(model.base.tokenizer, part)) < model.chunk.min_tok
 
 
 class Index:
-    """BM25 over a few texts."""
+    """BM25 over texts, by their words of two letters or more, function words among them."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.n, self._bm25 = len(texts), None
@@ -90,7 +99,7 @@ class Index:
                 self._bm25.index(words, show_progress=False)
 
     def best(self, question: str, k: int = 1) -> list[int]:
-        """Return the positions of the ``k`` best texts, in their order; the first without a match.
+        """Return the positions of the ``k`` best texts, in their order; of equals the first.
 
         Raises ValueError for ``k`` below 1.
         """
@@ -101,14 +110,16 @@ class Index:
             return list(range(k))
         import bm25s
 
-        asked = bm25s.tokenize(question, **_QUIET)
-        options: dict[str, Any] = {"show_progress": False, "backend_selection": "numpy"}
-        found, _ = self._bm25.retrieve(asked, k=k, **options)
-        return sorted(map(int, found[0]))
+        (asked,) = bm25s.tokenize([question], return_ids=False, **_QUIET)
+        scores = self._bm25.get_scores(asked) if asked else np.zeros(self.n)
+        return sorted(np.argsort(-scores, kind="stable")[:k].tolist())
 
 
 def sentence_chunks(base: LanguageModel, document: str, chunk_tok: int) -> list[str]:
     """Pack whole sentences into chunks of up to ``chunk_tok`` tokens; a longer one stands alone.
+
+    A sentence ends with ``.``, ``!`` or ``?`` before white space (initials and ``Dr.`` too), or a
+    line.
 
     Raises ValueError for ``chunk_tok`` below 1.
 

@@ -89,18 +89,13 @@ def adapter_of(model: DocToLoRA, sources: list[str], strength: float = 1.0) -> A
 
 
 def sentence_for(question: str, model: DocToLoRA, sources: list[str]) -> Adapter:
-    """Read files sentence by sentence; return the adapter of the one that suits a question best.
+    """Internalise the sentence that suits a question best, by their words; keep nothing."""
+    from ..routing import Index, parts_of
 
-    Nothing is kept.  Raises ValueError for an adapter among the sources.
-    """
-    from ..routing import Routed
-
-    for path in map(Path, sources):
-        if path.suffix == ".safetensors" or path.is_dir():
-            raise ValueError(f"--by-sentence reads texts, but {path} is an adapter")
     texts = [sys.stdin.read() if s == "-" else documents.read_text(s) for s in sources]
-    with console(stderr=True).status("Reading sentence by sentence"):
-        return Routed.read(model, "\n".join(texts)).adapter_for(question)
+    parts = [part for text in texts for part in parts_of(model, text)]
+    (best,) = Index(parts).best(question)
+    return model.internalize(parts[best])
 
 
 def _adapter(model: DocToLoRA, source: str) -> Adapter:

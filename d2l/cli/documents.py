@@ -64,7 +64,7 @@ def ask(
         bool,
         typer.Option(
             "--by-sentence",
-            help="Read sentences apart; the one with the question's words answers.",
+            help="Internalise only the sentence with the question's words.",
         ),
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
@@ -79,6 +79,9 @@ def ask(
         raise ValueError(f"--compare takes one document, got {len(documents)}")
     if by_sentence and not documents:
         raise ValueError("--by-sentence takes a document at least")
+    for path in map(Path, documents if by_sentence else ()):
+        if path.suffix == ".safetensors" or path.is_dir():
+            raise ValueError(f"--by-sentence reads texts, but {path} is an adapter")
     loaded = common.load(model, base, device, documents)
     if by_sentence:
         adapter = common.sentence_for(question, loaded, documents).scaled(strength)

@@ -1,6 +1,7 @@
 """Figure 7: figure 3 for numbers, situations and two hops, which stand for DROP, ROPES and 2Wiki.
 
-The hypernetwork is figure 3's, which learned to recall single facts and nothing else.
+The hypernetwork is figure 3's, which learned to recall single facts and nothing else.  At small
+sentences are also read apart, and the best for each question is asked (`d2l.routing`).
 """
 
 from ..figures_qa import draw_fig3

@@ -278,7 +278,7 @@ def test_rows_set_apart_are_a_ridge_regression(n_rows):
     rng = np.random.default_rng(0)
     A = rng.normal(size=(2, 3, n_rows, 9)) + 2 * rng.normal(size=(2, 3, 1, 9))
     B = rng.normal(size=(2, 3, n_rows, 5))
-    penalty = np.array([0.01, 0.3, 2.0])
+    penalty = np.array([0.02, 0.3, 2.0])
     found = apart(torch.tensor(A), torch.tensor(penalty)).numpy()
     for chunk in range(2):
         for layer in range(3):
@@ -297,6 +297,12 @@ def test_rows_apart_stay_and_equal_rows_share():
     torch.testing.assert_close(apart(lone[:, :, :4] * 3, penalty), lone[:, :, :4] * 3)
     twice = lone[:, :, :1].expand(-1, -1, 2, -1) * 3
     torch.testing.assert_close(apart(twice, penalty), twice * 1.1 / 2.1)
+
+
+def test_equal_rows_are_told_apart_in_float32_whatever_the_penalty():
+    A = torch.randn(1, 1, 1, 50).expand(-1, -1, 64, -1)
+    found = apart(A, torch.tensor([1e-9]))
+    torch.testing.assert_close(found, A * 1.01 / 64.01, rtol=0.05, atol=2e-3)
 
 
 def test_rows_of_zeros_stay_zeros_with_finite_gradients():

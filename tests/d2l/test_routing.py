@@ -54,8 +54,8 @@ def test_several_parts_are_composed_in_the_order_of_the_document(routed):
 
 
 @pytest.mark.parametrize("question", ["???", "", "zebra", "草は何色ですか"])
-def test_a_question_without_a_match_wakes_some_part(routed, question):
-    assert any(same(routed.adapter_for(question), a) for a in routed.adapters)
+def test_a_question_without_a_match_wakes_the_first_part(routed, question):
+    assert same(routed.adapter_for(question), routed.adapters[0])
 
 
 def test_equal_parts_are_read_once_and_one_part_needs_no_index(model):
