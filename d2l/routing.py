@@ -93,7 +93,7 @@ class Index:
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
             import bm25s
 
-            words = bm25s.tokenize(list(texts), **_QUIET)
+            words: Any = bm25s.tokenize(list(texts), **_QUIET)
             if words.vocab:
                 self._bm25 = bm25s.BM25()
                 self._bm25.index(words, show_progress=False)
@@ -110,8 +110,8 @@ class Index:
             return list(range(k))
         import bm25s
 
-        (asked,) = bm25s.tokenize([question], return_ids=False, **_QUIET)
-        scores = self._bm25.get_scores(asked) if asked else np.zeros(self.n)
+        words: Any = bm25s.tokenize([question], return_ids=False, **_QUIET)
+        scores = self._bm25.get_scores(words[0]) if words[0] else np.zeros(self.n)
         return sorted(np.argsort(-scores, kind="stable")[:k].tolist())
 
 
