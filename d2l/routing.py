@@ -1,7 +1,7 @@
 """A document read in parts, of which a question wakes the ones that share its words.
 
-An adapter of a whole document answers worse than that of the sentence which is asked about: what
-the others' rows say adds up (LOG.md).  So each part keeps an adapter of its own, and BM25 picks.
+Of a real paragraph one adapter answers less than that of the sentence which is asked about (LOG.md,
+which also says where it is no better).  Here each part has an adapter of its own, and BM25 picks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .lm.base import LanguageModel, render_chat
 from .model import DocToLoRA
 
 PART_TOK = 16
+"""Tokens that sentences are packed to, template left out: most sentences are parts of their own."""
 _QUIET: dict[str, Any] = {"show_progress": False, "stopwords": None}
 
 
@@ -49,6 +50,7 @@ class Routed:
     def adapter_for(self, question: str, k: int = 1) -> Adapter:
         """Return the adapter of the part that suits a question best, of the ``k`` best together.
 
+        More than one asks for a hypernetwork that was trained to compose (`trained_chunks`).
         Raises ValueError for ``k`` below 1.
         """
         best = self._index.best(question, k)
