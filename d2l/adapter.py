@@ -147,6 +147,10 @@ class Adapter:
             raise ValueError(f"{problem} {document!r}; the adapter holds {held}")
         return at[0]
 
+    def split(self) -> list[Adapter]:
+        """Return an adapter for each document, which added up are this one."""
+        return [self._arranged([i]) for i in range(len(self.sources))]
+
     def without(self, document: str) -> Adapter:
         """Remove a document (as `find` finds it), as if it had never been there.
 

@@ -6,11 +6,11 @@ which also says where it is no better).  Here each part has an adapter of its ow
 
 from __future__ import annotations
 
-import functools
-import operator
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ _QUIET: dict[str, Any] = {"show_progress": False, "stopwords": None}
 class Routed:
     """The adapters of a document's parts, and an index of the words of each.
 
-    The document itself is not kept, and never stands in a prompt:
+    The text is kept for the index alone and never stands in a prompt:
     ``model.ask(question, routed.adapter_for(question))``.
     """
 
@@ -35,7 +35,7 @@ class Routed:
         """Keep an adapter for each part; ValueError unless there are as many, one at least."""
         if not parts or len(adapters) != len(parts):
             raise ValueError(f"{len(parts)} parts need as many adapters, not {len(adapters)}")
-        self.adapters = tuple(adapters)
+        self.adapters, self.parts = tuple(adapters), tuple(parts)
         self._index = Index(parts)
 
     @classmethod
@@ -53,13 +53,37 @@ class Routed:
         More than one asks for a hypernetwork that was trained to compose (`trained_chunks`).
         Raises ValueError for ``k`` below 1.
         """
-        best = self._index.best(question, k)
-        return functools.reduce(operator.add, (self.adapters[i] for i in best))
+        return _sum([self.adapters[i] for i in self._index.best(question, k)])
+
+    def save(self, path: str | Path) -> Path:
+        """Write one adapter file whose documents are the parts, the text of each its title.
+
+        Raises OSError when it cannot be written; an older file at ``path`` is then untouched.
+        """
+        pairs = zip(self.adapters, self.parts, strict=True)
+        return _sum([replace(a, sources=(replace(a.sources[0], title=t),)) for a, t in pairs]).save(
+            path
+        )
+
+    @staticmethod
+    def load(path: str | Path, device: Any = "cpu") -> Routed:
+        """Read what `save` wrote, or any adapter file: documents are then found by their titles.
+
+        Raises what `Adapter.load` raises.
+        """
+        adapter = Adapter.load(path, device)
+        return Routed(adapter.split(), [source.title for source in adapter.sources])
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parts' factors."""
         return sum(a.nbytes for a in self.adapters)
+
+
+def _sum(adapters: Sequence[Adapter]) -> Adapter:
+    """Add adapters up in pairs: each is copied as often as their number has binary digits."""
+    half = len(adapters) // 2
+    return _sum(adapters[:half]) + _sum(adapters[half:]) if half else adapters[0]
 
 
 def parts_of(model: DocToLoRA, document: str, part_tok: int = PART_TOK) -> list[str]:

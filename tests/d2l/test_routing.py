@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import doc_to_lora, speaking
 
+from d2l.adapter import Adapter
 from d2l.lm.base import render_chat
 from d2l.routing import Index, Routed, sentence_chunks
 
@@ -51,6 +52,33 @@ def test_several_parts_are_composed_in_the_order_of_the_document(routed):
     assert same(found, routed.adapters[0] + routed.adapters[1])
     assert len(routed.adapter_for("grass", k=9).sources) == 3
     assert routed.nbytes == sum(a.nbytes for a in routed.adapters)
+
+
+def test_saved_parts_come_back_and_answer_as_before(routed, tmp_path):
+    file = routed.save(tmp_path / "parts.safetensors")
+    again = Routed.load(file)
+    assert again.parts == PARTS and len(again.adapters) == 3
+    for question in ("Which magic number?", "Where were the boats?", "zebra"):
+        assert same(again.adapter_for(question), routed.adapter_for(question))
+    both = routed.adapters[0] + routed.adapters[1]
+    assert same(Adapter.load(file).without(PARTS[2]), both)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Routed.load(tmp_path / "other.safetensors")
+
+
+def test_documents_are_found_by_their_titles(model, tmp_path):
+    one, two = model.internalize_batch([PARTS[0], PARTS[2]])
+    file = (one + two).weighted(PARTS[2], 0.5).save(tmp_path / "two.safetensors")
+    assert same(Routed.load(file).adapter_for("boats?"), two.weighted(PARTS[2], 0.5))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_many_parts_keep_their_order(model, tmp_path, n):
+    text = " ".join(f"Here are {w} old boats." for w in "abcde"[:n])
+    routed = Routed.read(model, text, part_tok=1)
+    again = Routed.load(routed.save(tmp_path / "parts.safetensors"))
+    assert again.parts == routed.parts and len(again.parts) == n
+    assert all(map(same, again.adapters, routed.adapters))
 
 
 @pytest.mark.parametrize("question", ["???", "", "zebra", "草は何色ですか"])
