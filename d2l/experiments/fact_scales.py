@@ -65,6 +65,7 @@ _TINY = {
     ),
     "hypernet.encoder.next_token": True,
     "hypernet.d_copy": 128,
+    "hypernet.ridge": True,
     "hypernet.lora.rank": 16,
     "hypernet.lora.scale": 8.0,
     "chunk": ChunkConfig(max_tok=256, min_tok=8),
@@ -72,11 +73,11 @@ _TINY = {
         vocabulary="closed", max_facts=8, queries_per_doc=4, words="all", rivals=False
     ),
     "train": TrainConfig(
-        steps=500, docs_per_step=32, docs_per_micro_batch=32, optimizer="muon", lr=2e-3,
+        steps=200, docs_per_step=32, docs_per_micro_batch=32, optimizer="muon", lr=8e-3,
         betas=(0.9, 0.98),
-        warmup=50,
-        curriculum=160,
-        eval_every=100,
+        warmup=25,
+        curriculum=40,
+        eval_every=40,
     ),
     "eval": FactEval(
         n_facts=(1, 4, 8, 16), n_docs=(40,) * 4, n_slow=4, cd_lr=5e-3

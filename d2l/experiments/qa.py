@@ -159,8 +159,10 @@ class QaExperiment:
         for i, (part, changes) in enumerate(self.variants.items()):
             for j, seed in enumerate(seeds):
                 wanted, found = self.models(asked, changes, seed, retrain=retrain)
-                table = self.measure(wanted, found[seed], seed=seed, only=COMPARED)
-                yield _as_variant(table, part, with_base=i == j == 0)
+                first = i == j == 0
+                only = COMPARED if first else AGAIN
+                table = self.measure(wanted, found[seed], seed=seed, only=only)
+                yield _as_variant(table, part, with_base=first)
 
     def models(
         self, asked: Request, changes: Changes, seed: int, *, retrain: bool
