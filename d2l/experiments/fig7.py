@@ -17,7 +17,7 @@ FIGURE = QaExperiment(
     public=PUBLIC,
     changes={
         "small": {
-            "eval.n_docs": (40,), "eval.n_questions": 1, "eval.rates": (), "eval.n_slow": 0,
+            "eval.n_docs": (100,), "eval.n_questions": 1, "eval.rates": (), "eval.n_slow": 0,
             "eval.routed": True, "eval.n_alternatives": None,
         },
         "smoke": {"eval.n_facts": (4,)},

@@ -57,7 +57,8 @@ def test_several_parts_are_composed_in_the_order_of_the_document(routed):
 def test_saved_parts_come_back_and_answer_as_before(routed, tmp_path):
     file = routed.save(tmp_path / "parts.safetensors")
     again = Routed.load(file)
-    assert again.parts == PARTS and len(again.adapters) == 3
+    assert again.parts == PARTS
+    assert len(again.adapters) == 3
     for question in ("Which magic number?", "Where were the boats?", "zebra"):
         assert same(again.adapter_for(question), routed.adapter_for(question))
     both = routed.adapters[0] + routed.adapters[1]
@@ -77,7 +78,8 @@ def test_many_parts_keep_their_order(model, tmp_path, n):
     text = " ".join(f"Here are {w} old boats." for w in "abcde"[:n])
     routed = Routed.read(model, text, part_tok=1)
     again = Routed.load(routed.save(tmp_path / "parts.safetensors"))
-    assert again.parts == routed.parts and len(again.parts) == n
+    assert again.parts == routed.parts
+    assert len(again.parts) == n
     assert all(map(same, again.adapters, routed.adapters))
 
 
