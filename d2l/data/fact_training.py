@@ -45,8 +45,7 @@ class FactStream:
     public sets (`TRAINING_SETS`) a share of the documents: weights against 1 for the encyclopedia.
     Of the latter queries are ``questions``, or ``sentences`` of the document that leave out the
     answer (see `gaps`); the documents are the same.  A share ``in_place`` of the passages of public
-    sets is asked about in its own words (see `passages.asked_in_place`); a share ``alone`` of them
-    is one sentence at every level, as `d2l.routing` reads documents.
+    sets is asked about in its own words (see `passages.asked_in_place`).
     """
 
     vocabulary: str = "open"
@@ -62,7 +61,6 @@ class FactStream:
     mix: dict[str, float] = dataclasses.field(default_factory=dict)
     queries: Literal["questions", "sentences"] = "questions"
     in_place: float = 0.0
-    alone: float = 0.0
 
 
 def titles_for(name: str, part: Literal["train", "watch", "test"]) -> list[Record]:
@@ -91,9 +89,8 @@ class FactTraining:
     """
 
     def __init__(self, tokenizer: Any, stream: FactStream, chunk: ChunkConfig, seed: int) -> None:
-        for name in ("in_place", "alone"):
-            if not 0 <= (share := getattr(stream, name)) <= 1:
-                raise ValueError(f"{name} is a share, 0 to 1, not {share}")
+        if not 0 <= stream.in_place <= 1:
+            raise ValueError(f"in_place is a share, 0 to 1, not {stream.in_place}")
         if stream.cut_share and chunk.sentences:
             raise ValueError(f"cut_share {stream.cut_share} cuts equal chunks, not sentences")
         if low := {name: weight for name, weight in stream.mix.items() if not weight > 0}:
@@ -119,8 +116,7 @@ class FactTraining:
             known = ("", *s.mix)
             name = rng.choices(known, (1.0, *s.mix.values()))[0]
             if name:
-                passages = self._passages[name]
-                return passages.sample(rng, level, s.queries_per_doc, s.in_place, s.alone)
+                return self._passages[name].sample(rng, level, s.queries_per_doc, s.in_place)
         most = 1 + round(level * (s.max_facts - 1))
         n_facts = most if rng.random() < 0.5 else rng.randint(1, most)
         kinds = s.kinds if level > 0.5 and i % 2 else ("recall",)

@@ -33,24 +33,18 @@ class Passages:
             raise ValueError(f"none of {len(records)} records has its answers in its document")
 
     def sample(
-        self,
-        rng: random.Random,
-        level: float,
-        n_questions: int,
-        in_place: float = 0.0,
-        alone: float = 0.0,
+        self, rng: random.Random, level: float, n_questions: int, in_place: float = 0.0
     ) -> Record:
         """Draw a record of one sentence at level 0, of up to all of them at level 1.
 
-        Half of the records have the most sentences that the level allows; a share ``alone`` of all
-        have one, whatever the level.  The sentences are
+        Half of the records have the most sentences that the level allows.  The sentences are
         consecutive and answer at least one of the (up to ``n_questions``) questions.  A share
         ``in_place`` of the records are asked about in their own words instead (`asked_in_place`),
         unless nothing can be asked so; the same question can come twice.
         """
         passage = self.passages[int(rng.random() * len(self.passages))]
         n = len(passage.sentences)
-        most = 1 if alone and rng.random() < alone else max(1, round(level * n))
+        most = max(1, round(level * n))
         size = most if rng.random() < 0.5 else rng.randint(1, most)
         _, anchor = rng.choice(passage.questions)
         start = rng.randint(max(0, anchor - size + 1), min(anchor, n - size))

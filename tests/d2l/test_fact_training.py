@@ -129,23 +129,11 @@ def test_passages_are_asked_about_in_their_own_words(base, monkeypatch, share, k
     assert {q.kind for r in drawn if "mill" in r.document for q in r.questions} == kinds
 
 
-@pytest.mark.parametrize(("share", "fewest", "most"), [(0.0, 1, 4), (1.0, 1, 1)])
-def test_passages_are_single_sentences(base, monkeypatch, share, fewest, most):
-    text = "Ann came. Bob left. Zoe slept. Tim sang."
-    asked = (Question("Who came?", ("Ann",)), Question("Who sang?", ("Tim",)))
-    records = [Record(text, asked, title=f"t{i}") for i in range(20)]
-    monkeypatch.setattr(fact_training, "load", lambda *_, **__: records)
-    drawn = stream(base, mix={"squad": 99.0}, alone=share).records(0, 60)
-    n = {r.document.count(".") for r in drawn if r.document in text}
-    assert (min(n), max(n)) == (fewest, most)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"in_place": 1.5}, r"in_place is a share, 0 to 1, not 1\.5"),
         ({"in_place": -0.1}, "in_place"),
-        ({"alone": 1.01}, r"alone is a share, 0 to 1, not 1\.01"),
         ({"mix": {"squad": -0.5}}, r"above 0, not \{'squad': -0\.5\}"),
         ({"mix": {"squad": float("nan")}}, "above 0"),
         ({"mix": {"ropes": 1.0}}, "ropes is not for training, only squad, squad/train"),

@@ -33,16 +33,6 @@ def test_one_sentence_at_first_and_all_of_them_at_last():
     assert TEXT not in at[0.5]
 
 
-@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
-def test_a_share_of_the_passages_are_single_sentences(level):
-    rng = random.Random(3)
-    found = [passages().sample(rng, level, 9, alone=1.0).document for _ in range(60)]
-    assert len(set(found)) == 4
-    assert max(map(len, found)) == len("In 1901 Ann came to Rome.")
-    some = [passages().sample(rng, 1.0, 9, alone=0.5).document for _ in range(400)]
-    assert 0.15 < some.count(TEXT) / 400 < 0.35  # of the other half every second is whole
-
-
 def test_a_question_comes_with_the_sentence_that_shares_its_words():
     rng = random.Random(2)
     for _ in range(80):
