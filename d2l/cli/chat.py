@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import shlex
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
 
 from . import common
-from .common import DEFAULT_MODEL, Base, Device, ModelName, Sources, Strength, console
+from .common import DEFAULT_MODEL, Base, BySentence, Device, ModelName, Sources, Strength, console
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -31,13 +34,16 @@ def chat(
     documents: Sources = [],  # noqa: B006
     model: ModelName = DEFAULT_MODEL,
     strength: Strength = 1.0,
+    by_sentence: BySentence = False,
     base: Base = "",
     device: Device = "auto",
 ) -> None:
     """Talk with documents: add and forget them, change the adapter's strength, ask."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
-    chat = Chat(common.load(model, base, device, documents), strength)
+    if by_sentence:
+        common.refuse_adapters(documents)
+    chat = Chat(common.load(model, base, device, documents), strength, by_sentence=by_sentence)
     say = console()
     for document in documents:
         chat.add(document)
@@ -54,7 +60,7 @@ def chat(
             if line.startswith("/"):
                 say.print(chat.command(line), soft_wrap=True)
             elif line:
-                for piece in chat.model.stream(line, chat.scaled):
+                for piece in chat.model.stream(line, chat.adapter_for(line)):
                     print(piece, end="", flush=True)
                 print()
         except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -64,16 +70,26 @@ def chat(
 
 
 class Chat:
-    """The documents of a conversation and their strength; commands return what to print."""
+    """The documents of a conversation and their strength; commands return what to print.
 
-    def __init__(self, model: DocToLoRA, strength: float = 1.0) -> None:
-        self.model, self.strength = model, strength
-        self.adapter: Adapter | None = None
+    ``held`` maps titles to adapters.  ``by_sentence`` it maps them to sentences instead, of which
+    the one that suits a question is internalised.
+    """
 
-    @property
-    def scaled(self) -> Adapter | None:
-        """The adapter that questions are asked with."""
-        return self.adapter and self.adapter.scaled(self.strength)
+    def __init__(
+        self, model: DocToLoRA, strength: float = 1.0, *, by_sentence: bool = False
+    ) -> None:
+        self.model, self.strength, self.by_sentence = model, strength, by_sentence
+        self.held: dict[str, Any] = {}
+
+    def adapter_for(self, question: str) -> Adapter | None:
+        """Return the adapter that a question is asked with."""
+        if not self.held:
+            return None
+        if self.by_sentence:
+            sentences = [s for listed in self.held.values() for s in listed]
+            return common.sentence_for(question, self.model, sentences).scaled(self.strength)
+        return _sum(self.held).scaled(self.strength)
 
     def command(self, line: str) -> str:
         """Carry out a line that starts with a slash; ValueError for an unknown one."""
@@ -96,23 +112,39 @@ class Chat:
         return self.holds()
 
     def add(self, source: str) -> None:
-        """Add a document; raises what reading it raises."""
-        one = common.adapter_of(self.model, [source])
-        self.adapter = one if self.adapter is None or one is None else self.adapter + one
+        """Add a document; raises what reading it raises, ValueError for one that is held."""
+        if self.by_sentence:
+            common.refuse_adapters([source])
+            name = "standard input" if source == "-" else Path(source).name
+            new: dict[str, Any] = {name: common.sentences_of(self.model, source)}
+        else:
+            new = {a.sources[0].title: a for a in common.adapter_from(self.model, source).split()}
+        for title in new.keys() & self.held.keys():
+            raise ValueError(f"{title!r} is held already; /forget it first")
+        if not self.by_sentence:
+            _sum(self.held | new)  # refuses a text that is held under another title
+        self.held |= new
 
     def forget(self, title: str | None = None) -> None:
         """Forget one document by its title, or all; ValueError for one that is not there."""
-        if self.adapter is None:
+        if not self.held:
             raise ValueError("there is no document to forget")
-        only = len(self.adapter.sources) == 1
-        if title is not None:
-            self.adapter.find(title)
-        self.adapter = None if title is None or only else self.adapter.without(title)
+        if title is not None and title not in self.held:
+            raise ValueError(f"no document is {title!r}; held: {', '.join(self.held)}")
+        for name in list(self.held) if title is None else [title]:
+            del self.held[name]
 
     def holds(self) -> str:
         """Say which documents are held."""
-        if self.adapter is None:
+        if not self.held:
             return "No document: the base answers."
-        tokens = sum(sum(s.chunk_tok) for s in self.adapter.sources)
-        titles = ", ".join(f"[bold]{escape(s.title)}[/]" for s in self.adapter.sources)
-        return f"Holding {titles} ({tokens} tokens)."
+        titles = ", ".join(f"[bold]{escape(title)}[/]" for title in self.held)
+        if self.by_sentence:
+            n = sum(map(len, self.held.values()))
+            return f"Holding {titles} ({n} sentences, of which each question asks one)."
+        n = sum(sum(s.chunk_tok) for a in self.held.values() for s in a.sources)
+        return f"Holding {titles} ({n} tokens)."
+
+
+def _sum(held: dict[str, Adapter]) -> Adapter:
+    return functools.reduce(operator.add, held.values())

@@ -40,6 +40,10 @@ ModelName = Annotated[
 Base = Annotated[str, typer.Option(help="Base model; empty: the one it was made for.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Strength = Annotated[float, typer.Option(help="Multiplies what the adapter adds to the weights.")]
+BySentence = Annotated[
+    bool,
+    typer.Option("--by-sentence", help="Internalise only the sentence with the question's words."),
+]
 Sources = Annotated[
     list[str],
     typer.Argument(
@@ -83,22 +87,36 @@ def adapter_of(model: DocToLoRA, sources: list[str], strength: float = 1.0) -> A
     """Turn files into one adapter; documents that were read before come from the store."""
     total: Adapter | None = None
     for source in sources:
-        one = _adapter(model, source)
+        one = adapter_from(model, source)
         total = one if total is None else total + one
     return total if total is None or strength == 1.0 else total.scaled(strength)
 
 
-def sentence_for(question: str, model: DocToLoRA, sources: list[str]) -> Adapter:
+def refuse_adapters(sources: list[str]) -> None:
+    """Raise ValueError for a source that holds no text to cut into sentences."""
+    for path in map(Path, sources):
+        if path.suffix == ".safetensors" or path.expanduser().is_dir():
+            raise ValueError(f"--by-sentence reads texts, but {path} is an adapter")
+
+
+def sentences_of(model: DocToLoRA, source: str) -> list[str]:
+    """Read a file (- for standard input) and cut it into sentences, as `d2l.routing` does."""
+    from ..routing import parts_of
+
+    text = sys.stdin.read() if source == "-" else documents.read_text(source)
+    return parts_of(model, text)
+
+
+def sentence_for(question: str, model: DocToLoRA, sentences: list[str]) -> Adapter:
     """Internalise the sentence that suits a question best, by their words; keep nothing."""
-    from ..routing import Index, parts_of
+    from ..routing import Index
 
-    texts = [sys.stdin.read() if s == "-" else documents.read_text(s) for s in sources]
-    parts = [part for text in texts for part in parts_of(model, text)]
-    (best,) = Index(parts).best(question)
-    return model.internalize(parts[best])
+    (best,) = Index(sentences).best(question)
+    return model.internalize(sentences[best])
 
 
-def _adapter(model: DocToLoRA, source: str) -> Adapter:
+def adapter_from(model: DocToLoRA, source: str) -> Adapter:
+    """Read one file, standard input, or an adapter."""
     from ..adapter import Adapter
     from ..export import from_peft
     from ..store import AdapterStore

@@ -13,7 +13,17 @@ from rich.table import Table
 
 from ..home import cache_dir
 from . import common
-from .common import DEFAULT_MODEL, AsJson, Base, Device, ModelName, Sources, Strength, console
+from .common import (
+    DEFAULT_MODEL,
+    AsJson,
+    Base,
+    BySentence,
+    Device,
+    ModelName,
+    Sources,
+    Strength,
+    console,
+)
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -60,13 +70,7 @@ def ask(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also ask the base, and with the text in its prompt.")
     ] = False,
-    by_sentence: Annotated[
-        bool,
-        typer.Option(
-            "--by-sentence",
-            help="Internalise only the sentence with the question's words.",
-        ),
-    ] = False,
+    by_sentence: BySentence = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     base: Base = "",
     device: Device = "auto",
@@ -79,12 +83,12 @@ def ask(
         raise ValueError(f"--compare takes one document, got {len(documents)}")
     if by_sentence and not documents:
         raise ValueError("--by-sentence takes a document at least")
-    for path in map(Path, documents if by_sentence else ()):
-        if path.suffix == ".safetensors" or path.is_dir():
-            raise ValueError(f"--by-sentence reads texts, but {path} is an adapter")
+    if by_sentence:
+        common.refuse_adapters(documents)
     loaded = common.load(model, base, device, documents)
     if by_sentence:
-        adapter = common.sentence_for(question, loaded, documents).scaled(strength)
+        sentences = [s for d in documents for s in common.sentences_of(loaded, d)]
+        adapter = common.sentence_for(question, loaded, sentences).scaled(strength)
     else:
         adapter = common.adapter_of(loaded, documents, strength)
     if compare and adapter is not None:

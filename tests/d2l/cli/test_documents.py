@@ -215,7 +215,7 @@ def test_import_turns_a_published_checkpoint_into_ours(desk, call, tmp_path):
     assert f"d2l ask --model {tmp_path}/mine FILE" in said
 
 
-def talk(call, monkeypatch, *lines):
+def talk(call, monkeypatch, *lines, options=()):
     """Type lines into the chat; return what it says."""
     typed = iter(lines)
 
@@ -226,7 +226,7 @@ def talk(call, monkeypatch, *lines):
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", next_line)
-    code, said = call("chat", "page.md")
+    code, said = call("chat", "page.md", *options)
     assert code == 0
     return said
 
@@ -253,15 +253,53 @@ def test_chat_adds_forgets_and_answers(desk, call, monkeypatch, tiny):
     assert lines[0].startswith("Holding page.md (")
     assert lines[1] == "4821"
     assert lines[2] == "there is no file no such file"
-    assert "'word.txt'" in lines[3]
-    assert "in both" in lines[3]
+    assert lines[3] == "'word.txt' is held already; /forget it first"
     assert lines[4] == "lake"
     assert lines[5].startswith("Holding word.txt")
-    assert "no document is 'page.md'" in lines[6]
+    assert lines[6] == "no document is 'page.md'; held: word.txt"
     assert lines[7] == "No document: the base answers."
     assert lines[8] == base
     assert lines[9] == "there is no document to forget"
     assert len(lines) == 10
+
+
+def test_chat_by_sentence_asks_the_best_one(desk, call, monkeypatch, tiny):
+    sentence = "The red village slept and the sun is yellow and so on."
+    (desk / "two.txt").write_text(f"The blue village slept, and so on.\n{sentence}")
+    (desk / "folder").mkdir(exist_ok=True)
+    asked, read = "Where is the red village?", []
+    internalize = tiny.internalize
+    monkeypatch.setattr(tiny, "internalize", lambda text: read.append(text) or internalize(text))
+    said = talk(
+        call,
+        monkeypatch,
+        "/add two.txt",
+        asked,
+        "/add two.txt",
+        "/add folder",
+        "/forget page.md",
+        "/forget page.md",
+        "/strength 0",
+        asked,
+        "/forget",
+        QUESTION,
+        "/forget",
+        "/quit",
+        options=["--by-sentence"],
+    )
+    lines = said.splitlines()
+    assert lines[0].startswith("Holding page.md (")
+    assert lines[1].startswith("Holding page.md, two.txt (")
+    assert lines[2] == tiny.ask(asked, internalize(sentence))
+    assert read == [sentence, sentence]
+    assert "'two.txt' is held already" in lines[3]
+    assert "but folder is an adapter" in lines[4]
+    assert lines[5] == "Holding two.txt (2 sentences, of which each question asks one)."
+    assert lines[6] == "no document is 'page.md'; held: two.txt"
+    assert lines[7:9] == ["Strength 0.", tiny.ask(asked)]
+    assert lines[9:11] == ["No document: the base answers.", tiny.ask(QUESTION)]
+    assert lines[11] == "there is no document to forget"
+    assert len(lines) == 12
 
 
 def test_chat_changes_the_strength(desk, call, monkeypatch, tiny):
