@@ -49,7 +49,8 @@ class TrainConfig:
     best before them, by the measure that ``stop_on`` names (more is better), and ends with the
     weights of the best one.  0 trains all ``steps``.
 
-    ``optimizer`` "muon" moves matrices by `muon.Muon`, at the same learning rate.
+    ``optimizer`` "muon" moves matrices by `muon.Muon`, at the same learning rate.  Gains, norms,
+    biases and latents move at ``vector_lr`` times that rate, whatever moves them.
 
     ``neftune`` adds uniform noise of at most ``neftune / sqrt(n_tok d)`` to the embeddings of a
     question and its answer (NEFTune, arXiv 2310.05914; spec section 8).
@@ -60,6 +61,7 @@ class TrainConfig:
     docs_per_micro_batch: int = 32
     optimizer: Optimizer = "adamw"
     lr: float = 4e-5
+    vector_lr: float = 1.0
     min_lr: float = 1e-7
     warmup: int = 100
     betas: tuple[float, float] = (0.9, 0.999)
@@ -199,7 +201,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     decayed = [p for _, p in named if id(p) not in chosen]
     return [
         {"params": decayed, "weight_decay": weight_decay, "matrices": True},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": kept, "weight_decay": 0.0, "matrices": False},
     ]
 
 
@@ -266,7 +268,8 @@ def train(
             )
         norm: Any = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            share = 1.0 if group["matrices"] else config.vector_lr
+            group["lr"] = learning_rate(step, config) * share
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         n_queries = sum(len(e.queries) for e in window)

@@ -345,6 +345,32 @@ def test_only_matrices_are_decayed():
     assert {"scaler_A.down_proj", "bias_B.down_proj", "perceiver.decoder.latents"} <= kept
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_vectors_move_at_their_own_rate(tmp_path, optimizer):
+    """A step is proportional to its rate, so a quarter of it is a quarter of the way."""
+    moved = []
+    for share in (1.0, 0.25):
+        model = doc_to_lora()
+        before = {n: p.detach().clone() for n, p in model.hypernet.named_parameters()}
+        config = TrainConfig(
+            steps=1, docs_per_step=4, optimizer=optimizer, lr=1e-2, warmup=1, vector_lr=share,
+            weight_decay=0.0,
+        )  # fmt: skip
+        train(model, train_tiny.examples, config, tmp_path / f"{share}")
+        after = dict(model.hypernet.named_parameters())
+        moved.append({n: after[n].detach() - old for n, old in before.items()})
+    whole, quarter = moved
+    vectors = {
+        n.removeprefix("hypernet.")
+        for n in whole
+        if not torch.allclose(quarter[n], whole[n], rtol=1e-3, atol=1e-6)
+    }
+    assert {"scaler_A.down_proj", "perceiver.decoder.latents", "mlps.0.norm_in.weight"} <= vectors
+    assert not {"head", "mlps.0.W1"} & vectors
+    for name in vectors:
+        torch.testing.assert_close(quarter[name], whole[name] / 4, rtol=1e-3, atol=1e-6)
+
+
 def test_noise_on_the_question_is_bounded_and_for_training_alone():
     model, batch, seen = doc_to_lora(), Batch.of([example(0)]), []
     lm = model.base.model
