@@ -74,7 +74,7 @@ _TINY = {
     ),
     "train": TrainConfig(
         steps=200, docs_per_step=32, docs_per_micro_batch=32, optimizer="muon", lr=8e-3,
-        betas=(0.9, 0.98),
+        vector_lr=0.25, betas=(0.9, 0.98),
         warmup=25,
         curriculum=40,
         eval_every=40,
