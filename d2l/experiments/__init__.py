@@ -108,7 +108,7 @@ EXPERIMENTS = {
             cost={
                 "smoke": "half a minute",
                 "tiny": "8 min",
-                "small": "half an hour; needs the public sets",
+                "small": "48 min on one core; needs the public sets",
                 "paper": "one GPU",
             },
             module="d2l.experiments.fig7",
