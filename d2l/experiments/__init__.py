@@ -107,7 +107,7 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={
                 "smoke": "half a minute",
-                "tiny": "8 min",
+                "tiny": "4 min",
                 "small": "48 min on one core; needs the public sets",
                 "paper": "one GPU",
             },
@@ -124,14 +124,14 @@ EXPERIMENTS = {
             id="tab3",
             title="Internalising the question instead of the document",
             default_scale="tiny",
-            cost={"smoke": "half a minute", "tiny": "4 min", "paper": "one GPU"},
+            cost={"smoke": "half a minute", "tiny": "2 min", "paper": "one GPU"},
             module="d2l.experiments.tab3",
         ),
         Experiment(
             id="tab4",
             title="What distilling one document costs, by its number of questions",
             default_scale="tiny",
-            cost={"smoke": "half a minute", "tiny": "8 min", "paper": "one GPU"},
+            cost={"smoke": "half a minute", "tiny": "4 min", "paper": "one GPU"},
             module="d2l.experiments.tab4",
         ),
         Experiment(
@@ -140,7 +140,7 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={
                 "smoke": "half a minute",
-                "tiny": "12 min, after an hour of training six hypernetworks",
+                "tiny": "5 min, after 15 min of training six hypernetworks",
                 "paper": "training three hypernetworks, days on 8 H200",
             },
             module="d2l.experiments.tab5",
@@ -151,7 +151,7 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={
                 "smoke": "half a minute",
-                "tiny": "5 min, after 35 min of training three hypernetworks",
+                "tiny": "4 min, after 8 min of training three hypernetworks",
                 "paper": "training two hypernetworks, days on 8 H200",
             },
             module="d2l.experiments.tab6",
@@ -162,7 +162,7 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={
                 "smoke": "half a minute",
-                "tiny": "9 min, after half an hour of training three hypernetworks",
+                "tiny": "4 min, after 6 min of training three hypernetworks",
                 "paper": "training two hypernetworks, days on 8 H200",
             },
             module="d2l.experiments.tab7",
@@ -171,14 +171,14 @@ EXPERIMENTS = {
             id="tab8",
             title="What an adapter does to questions that it does not concern",
             default_scale="tiny",
-            cost={"smoke": "half a minute", "tiny": "4 min", "paper": "one GPU"},
+            cost={"smoke": "half a minute", "tiny": "2 min", "paper": "one GPU"},
             module="d2l.experiments.tab8",
         ),
         Experiment(
             id="tab11",
             title="What the base answers from its prompt, the denominators",
             default_scale="tiny",
-            cost={"smoke": "half a minute", "tiny": "5 min", "paper": "one GPU"},
+            cost={"smoke": "half a minute", "tiny": "3 min", "paper": "one GPU"},
             module="d2l.experiments.tab11",
         ),
     )
