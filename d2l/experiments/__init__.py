@@ -65,7 +65,7 @@ EXPERIMENTS = {
             default_scale="tiny",
             cost={
                 "smoke": "half a minute",
-                "tiny": "12 to 15 min; with --retrain 30, everything from scratch",
+                "tiny": "7 min; with --retrain 13, everything from scratch",
                 "small": "half an hour from the shipped hypernetwork",
                 "paper": "one GPU; training took the authors 5 days on 8 H200",
             },
