@@ -58,12 +58,13 @@ class Routed:
     def save(self, path: str | Path) -> Path:
         """Write one adapter file whose documents are the parts, the text of each its title.
 
-        Raises OSError when it cannot be written; an older file at ``path`` is then untouched.
+        Raises ValueError where a part holds several documents, and what `Adapter.save` raises.
         """
+        if any(len(a.sources) != 1 for a in self.adapters):
+            raise ValueError("a part's adapter must hold one document to be saved")
         pairs = zip(self.adapters, self.parts, strict=True)
-        return _sum([replace(a, sources=(replace(a.sources[0], title=t),)) for a, t in pairs]).save(
-            path
-        )
+        named = [replace(a, sources=(replace(a.sources[0], title=t),)) for a, t in pairs]
+        return _sum(named).save(path)
 
     @staticmethod
     def load(path: str | Path, device: Any = "cpu") -> Routed:

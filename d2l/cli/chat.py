@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import operator
 import shlex
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
@@ -72,24 +69,24 @@ def chat(
 class Chat:
     """The documents of a conversation and their strength; commands return what to print.
 
-    ``held`` maps titles to adapters.  ``by_sentence`` it maps them to sentences instead, of which
-    the one that suits a question is internalised.
+    ``by_sentence`` it keeps the sentences of each file instead of an adapter, and internalises the
+    one that suits a question.
     """
 
     def __init__(
         self, model: DocToLoRA, strength: float = 1.0, *, by_sentence: bool = False
     ) -> None:
-        self.model, self.strength, self.by_sentence = model, strength, by_sentence
-        self.held: dict[str, Any] = {}
+        self.model, self.strength = model, strength
+        self.adapter: Adapter | None = None
+        self.sentences: dict[str, list[str]] | None = {} if by_sentence else None
 
     def adapter_for(self, question: str) -> Adapter | None:
         """Return the adapter that a question is asked with."""
-        if not self.held:
-            return None
-        if self.by_sentence:
-            sentences = [s for listed in self.held.values() for s in listed]
-            return common.sentence_for(question, self.model, sentences).scaled(self.strength)
-        return _sum(self.held).scaled(self.strength)
+        one = self.adapter
+        if self.sentences:
+            known = [s for listed in self.sentences.values() for s in listed]
+            one = common.sentence_for(question, self.model, known)
+        return one and one.scaled(self.strength)
 
     def command(self, line: str) -> str:
         """Carry out a line that starts with a slash; ValueError for an unknown one."""
@@ -112,39 +109,44 @@ class Chat:
         return self.holds()
 
     def add(self, source: str) -> None:
-        """Add a document; raises what reading it raises, ValueError for one that is held."""
-        if self.by_sentence:
+        """Add a document, by sentence in place of an earlier reading; raises what reading raises.
+
+        ValueError for a document that is held, and by sentence for an adapter.
+        """
+        if self.sentences is not None:
             common.refuse_adapters([source])
-            name = "standard input" if source == "-" else Path(source).name
-            new: dict[str, Any] = {name: common.sentences_of(self.model, source)}
-        else:
-            new = {a.sources[0].title: a for a in common.adapter_from(self.model, source).split()}
-        for title in new.keys() & self.held.keys():
-            raise ValueError(f"{title!r} is held already; /forget it first")
-        if not self.by_sentence:
-            _sum(self.held | new)  # refuses a text that is held under another title
-        self.held |= new
+            self.sentences[source] = common.sentences_of(self.model, source)
+            return
+        one = common.adapter_from(self.model, source)
+        self.adapter = one if self.adapter is None else self.adapter + one
 
     def forget(self, title: str | None = None) -> None:
-        """Forget one document by its title, or all; ValueError for one that is not there."""
-        if not self.held:
+        """Forget one document by its title (by sentence: as it was added), or all.
+
+        Raises ValueError for one that is not there.
+        """
+        if self.sentences:
+            if title is not None and title not in self.sentences:
+                raise ValueError(f"no document is {title!r}; held: {', '.join(self.sentences)}")
+            for name in list(self.sentences) if title is None else [title]:
+                del self.sentences[name]
+            return
+        if self.adapter is None:
             raise ValueError("there is no document to forget")
-        if title is not None and title not in self.held:
-            raise ValueError(f"no document is {title!r}; held: {', '.join(self.held)}")
-        for name in list(self.held) if title is None else [title]:
-            del self.held[name]
+        only = len(self.adapter.sources) == 1
+        if title is not None:
+            self.adapter.find(title)
+        self.adapter = None if title is None or only else self.adapter.without(title)
 
     def holds(self) -> str:
         """Say which documents are held."""
-        if not self.held:
+        if self.sentences:
+            names, n = list(self.sentences), sum(map(len, self.sentences.values()))
+            size = f"{n} sentences, of which each question asks one"
+        elif self.adapter:
+            names = [s.title for s in self.adapter.sources]
+            size = f"{sum(sum(s.chunk_tok) for s in self.adapter.sources)} tokens"
+        else:
             return "No document: the base answers."
-        titles = ", ".join(f"[bold]{escape(title)}[/]" for title in self.held)
-        if self.by_sentence:
-            n = sum(map(len, self.held.values()))
-            return f"Holding {titles} ({n} sentences, of which each question asks one)."
-        n = sum(sum(s.chunk_tok) for a in self.held.values() for s in a.sources)
-        return f"Holding {titles} ({n} tokens)."
-
-
-def _sum(held: dict[str, Adapter]) -> Adapter:
-    return functools.reduce(operator.add, held.values())
+        titles = ", ".join(f"[bold]{escape(name)}[/]" for name in names)
+        return f"Holding {titles} ({size})."

@@ -125,6 +125,8 @@ def test_bad_requests_are_refused(model, routed):
         routed.adapter_for("grass", k=0)
     with pytest.raises(ValueError, match="3 parts need as many adapters, not 2"):
         Routed(routed.adapters[:2], PARTS)
+    with pytest.raises(ValueError, match="must hold one document to be saved"):
+        Routed([routed.adapters[0] + routed.adapters[1]], PARTS[:1]).save("never.safetensors")
 
 
 def test_the_best_texts_are_those_of_bm25():

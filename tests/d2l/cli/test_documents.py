@@ -253,10 +253,11 @@ def test_chat_adds_forgets_and_answers(desk, call, monkeypatch, tiny):
     assert lines[0].startswith("Holding page.md (")
     assert lines[1] == "4821"
     assert lines[2] == "there is no file no such file"
-    assert lines[3] == "'word.txt' is held already; /forget it first"
+    assert "'word.txt'" in lines[3]
+    assert "in both" in lines[3]
     assert lines[4] == "lake"
     assert lines[5].startswith("Holding word.txt")
-    assert lines[6] == "no document is 'page.md'; held: word.txt"
+    assert "no document is 'page.md'" in lines[6]
     assert lines[7] == "No document: the base answers."
     assert lines[8] == base
     assert lines[9] == "there is no document to forget"
@@ -292,7 +293,7 @@ def test_chat_by_sentence_asks_the_best_one(desk, call, monkeypatch, tiny):
     assert lines[1].startswith("Holding page.md, two.txt (")
     assert lines[2] == tiny.ask(asked, internalize(sentence))
     assert read == [sentence, sentence]
-    assert "'two.txt' is held already" in lines[3]
+    assert lines[3] == lines[1].partition(" /help")[0]
     assert "but folder is an adapter" in lines[4]
     assert lines[5] == "Holding two.txt (2 sentences, of which each question asks one)."
     assert lines[6] == "no document is 'page.md'; held: two.txt"
@@ -300,6 +301,15 @@ def test_chat_by_sentence_asks_the_best_one(desk, call, monkeypatch, tiny):
     assert lines[9:11] == ["No document: the base answers.", tiny.ask(QUESTION)]
     assert lines[11] == "there is no document to forget"
     assert len(lines) == 12
+
+
+@pytest.mark.parametrize("options", [(), ("--by-sentence",)])
+def test_chat_holds_files_of_one_name(desk, call, monkeypatch, options):
+    for folder in ("one", "two"):
+        (desk / folder).mkdir(exist_ok=True)
+        (desk / folder / "same.txt").write_text(f"The {folder} village slept, and so on.")
+    said = talk(call, monkeypatch, "/add one/same.txt two/same.txt", "/quit", options=options)
+    assert said.splitlines()[1].count("same.txt") == 2
 
 
 def test_chat_changes_the_strength(desk, call, monkeypatch, tiny):
