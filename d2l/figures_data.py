@@ -50,7 +50,8 @@ def draw_fig5(
             axes.set(xlabel=f"{what} (tokens)", xlim=(0, None))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_title(f"here {_numbers(here)}\npaper {_numbers(paper[what])}", fontsize=7.5)
-        figure.axes[0].set_ylabel(f"counted in {len(set(table['seed']))} training runs")
+        n_runs = len(set(table["seed"]))
+        figure.axes[0].set_ylabel(f"counted in {n_runs} training run{'s' * (n_runs > 1)}")
         figure.suptitle(f"Lengths of the training data, scale {scale}, {title}", fontsize=9)
         sns.despine(fig=figure)
     return figure

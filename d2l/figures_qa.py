@@ -30,6 +30,8 @@ _QA_STYLES = {
     "d2l_with_truncated_context": Style("D2L and half of the document", COLOURS[9], "o"),
     "wrong_document": Style("D2L, wrong document", COLOURS[4], "D", hollow=True),
     "with_context_and_adapter": Style("document in prompt, adapter", COLOURS[0], "o"),
+    "replaced_context": Style("base, other text in context", COLOURS[5], "s", hollow=True),
+    "d2l_of_assistant": Style("D2L of an assistant's prompt", COLOURS[6], "D", hollow=True),
     "d2l_swapped": Style("D2L of the question", COLOURS[3], "o"),
     "document_alone": Style("document, no question", (0.5, 0.5, 0.5), "P"),
     "cd_oracle": Style("context distillation, oracle", COLOURS[3], "^"),
@@ -107,38 +109,43 @@ def draw_tab11(
 ) -> Figure:
     """Draw the base's score of every set by number of facts, and how often *unknown* is said.
 
+    Public sets, which have 0 facts, get one bar.
+
     Bars carry Wilson's 95 % intervals (no score between 0 and 1 varies more than a coin of its
     mean; what several seeds are asked counts once).  ``paper`` is the paper's score of the set that
     each of ours stands for.
     """
     sets = list(dict.fromkeys(table["set"]))
-    counts = sorted(set(table["n_facts"]))
+    counts = sorted(set(table["n_facts"]) - {0})
     base = pd.DataFrame(table[table["series"] == "base_with_context"])
     replies = by_method(table, ["unknown"])
     once = pd.DataFrame(table[table["seed"] == min(table["seed"])])
     replies["n"] = by_method(once, ["unknown"])["n"]
     with look():
-        figure = PaperFigure(figsize=(7.2, 3.4), layout="constrained")
+        figure = PaperFigure(figsize=(7.2, 1.6 + 0.3 * len(sets)), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharey=True)
-        for i, count in enumerate(counts):
-            rows = base[base["n_facts"] == count].groupby("set", sort=False).first().loc[sets]
-            shade = (*COLOURS[1], 1 - 0.3 * i)
-            at = _bars(left, i, len(counts), rows, metric, shade, f"{count} facts")
+        shares = [(i, len(counts), n, f"{n} facts") for i, n in enumerate(counts)]
+        for i, of, count, label in [*shares, (0, 1, 0, "public set")]:
+            rows = base[base["n_facts"] == count].groupby("set", sort=False).first()
+            if rows.empty:
+                continue
+            shade = (*COLOURS[1], 1 - 0.3 * i) if count else COLOURS[5]
+            at = _bars(left, sets, i, of, rows, metric, shade, label)
             left.plot(rows["exact"], at, "o", color="black", markersize=2.5, label="exact match")
         for name in paper:
             at = sets.index(name) if name in sets else None
             if at is not None:
                 left.plot([paper[name]] * 2, [at - 0.45, at + 0.45], color="black",
-                          label="paper, gemma-2-2b-it")  # fmt: skip
+                          label="paper, gemma-2-2b-it (F1)")  # fmt: skip
         named = list(dict.fromkeys(replies["series"]))
         for i, series in enumerate(named):
-            rows = replies[replies["series"] == series].set_index("set").loc[sets]
+            rows = replies[replies["series"] == series].set_index("set")
             style = _QA_STYLES[str(series)]
-            _bars(right, i, len(named), rows, "unknown", style.colour, style.label)
+            _bars(right, sets, i, len(named), rows, "unknown", style.colour, style.label)
         left.set_yticks(range(len(sets)), sets)
         left.invert_yaxis()
-        left.set_xlabel(f"{metric.upper()} of the base, document in its prompt")
+        left.set_xlabel(f"{metric.capitalize()} of the base, document in its prompt")
         right.set_xlabel("share of replies that are “unknown”")
         for axes in (left, right):
             axes.set_xlim(0, 1.03)
@@ -152,11 +159,18 @@ def draw_tab11(
 
 
 def _bars(
-    axes: Axes, i: int, of: int, rows: pd.DataFrame, column: str, colour: Any, label: str
+    axes: Axes,
+    sets: Sequence[str],
+    i: int,
+    of: int,
+    rows: pd.DataFrame,
+    column: str,
+    colour: Any,
+    label: str,
 ) -> list[float]:
-    """Draw the ``i``-th of ``of`` bars of every row, with intervals; return where they stand."""
+    """Draw the ``i``-th of ``of`` bars of every set in ``rows``, with intervals; return where."""
     height = 0.8 / of
-    at = [k + (i - (of - 1) / 2) * height for k in range(len(rows))]
+    at = [sets.index(str(name)) + (i - (of - 1) / 2) * height for name in rows.index]
     values = [float(v) for v in rows[column]]
     ends = [wilson(v * n, n) for v, n in zip(values, rows["n"], strict=True)]
     low, high = zip(*ends, strict=True)
@@ -223,16 +237,20 @@ def draw_by_facts(table: pd.DataFrame, *, scale: str, title: str, metric: str) -
     """Draw the metric over the number of facts, one line a method, single seeds faint.
 
     Parts of one series are told apart by colour, the base and the controls keep their styles.
+    Public sets, which have 0 facts, stand right of the lines as single points.
     """
     named = table.assign(part=table["part"].fillna("").astype(str))
+    public = named[named["n_facts"] == 0]
     with look():
         figure = PaperFigure(figsize=(5.0, 3.3), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        counts = sorted(set(named["n_facts"]))
+        counts = sorted(set(named["n_facts"]) - {0})
+        beside = list(dict.fromkeys(public["set"])) if len(public) else []
         parts = [p for p in dict.fromkeys(named["part"]) if p]
         for series, part in named[["series", "part"]].drop_duplicates().itertuples(index=False):
-            rows = pd.DataFrame(named[(named["series"] == series) & (named["part"] == part)])
+            every = pd.DataFrame(named[(named["series"] == series) & (named["part"] == part)])
+            rows = pd.DataFrame(every[every["n_facts"] > 0])
             style = _QA_STYLES.get(series, Style(series, (0.5, 0.5, 0.5), "."))
             if part and series != "wrong_document":
                 colour = _PART_COLOURS[parts.index(part) % len(_PART_COLOURS)]
@@ -243,8 +261,16 @@ def draw_by_facts(table: pd.DataFrame, *, scale: str, title: str, metric: str) -
                 axes.plot(at, values, color=style.colour, alpha=0.3, linewidth=0.8)
             there, values = _mean(rows, "n_facts", metric)
             plot(axes, [float(counts.index(n)) for n in there], values, style)
-        axes.set_xticks(range(len(counts)), [str(n) for n in counts])
-        axes.set(xlabel="facts in the document", ylabel=metric, ylim=(-0.04, 1.06))
+            for i, name in enumerate(beside, len(counts)):
+                one = every[(every["n_facts"] == 0) & (every["set"] == name)]
+                if len(one):
+                    plot(axes, [float(i)], [statistics.fmean(one[metric])], style)
+        axes.set_xticks(range(len(counts) + len(beside)), [*map(str, counts), *beside])
+        axes.set(
+            xlabel="facts in the document" + ", public sets" * bool(beside),
+            ylabel=metric,
+            ylim=(-0.04, 1.06),
+        )
         found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=2,
                       frameon=False)  # fmt: skip

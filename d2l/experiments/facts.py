@@ -110,6 +110,12 @@ class FactRun:
     before: tuple[Stage, ...] = ()
 
 
+def counts(wanted: FactRun) -> list[tuple[int, int]]:
+    """List numbers of facts with their numbers of documents; a public set has one, of 0 facts."""
+    e = wanted.eval
+    return [(0, e.n_docs[0])] if e.public else list(zip(e.n_facts, e.n_docs, strict=True))
+
+
 def documents(wanted: FactRun, n_facts: int, n: int, *, shift: int = 0) -> list[Record]:
     """Draw held-out documents: names of the test split, in the forms that the config names.
 
@@ -176,13 +182,13 @@ def wrong_document(records: Sequence[Record], *, in_context: bool = False) -> Me
 
     With ``in_context`` the right document stands in the prompt.
     """
-    following = _following(records)
+    next_one = following(records)
 
     def method(setting: Setting, document: str, questions: Sequence[str]) -> list[Reply]:
         model = setting.hypernet
         assert model is not None
         base = setting.base
-        loras = model.internalize(following[document]).batch(base.device, base.model.dtype)
+        loras = model.internalize(next_one[document]).batch(base.device, base.model.dtype)
         context = document if in_context else ""
         return [
             reply_to(setting, document, q, Meter(), context=context, loras=loras) for q in questions
@@ -191,7 +197,12 @@ def wrong_document(records: Sequence[Record], *, in_context: bool = False) -> Me
     return method
 
 
-def _following(records: Sequence[Record]) -> dict[str, str]:
+def reading(method: Method, other: Callable[[str], str]) -> Method:
+    """Return ``method`` with another text in place of each document."""
+    return lambda setting, document, questions: method(setting, other(document), questions)
+
+
+def following(records: Sequence[Record]) -> dict[str, str]:
     """Map every document to the next one."""
     return {r.document: records[(i + 1) % len(records)].document for i, r in enumerate(records)}
 
@@ -212,7 +223,7 @@ def methods(wanted: FactRun, records: Sequence[Record]) -> dict[tuple[str, str],
     }
     if e.routed:
         found["d2l_routed", ""] = d2l_routed()
-        found["wrong_document", "routed"] = d2l_routed(of=_following(records))
+        found["wrong_document", "routed"] = d2l_routed(of=following(records))
         found["retrieved_part", ""] = retrieved(PART_TOK)
     if e.n_slow:
         oracle = DistillConfig(epochs=e.cd_epochs, lr=e.cd_lr)
@@ -241,12 +252,7 @@ def measure(
     base, rows = model.base, []
     none = LEXICONS[wanted.stream.vocabulary].unknown
     short = dataclasses.replace(wanted, eval=dataclasses.replace(wanted.eval, cd_epochs=2))
-    counts = (
-        [(0, wanted.eval.n_docs[0])]
-        if wanted.eval.public
-        else zip(wanted.eval.n_facts, wanted.eval.n_docs, strict=True)
-    )
-    for n_facts, n_docs in counts:
+    for n_facts, n_docs in counts(wanted):
         records = documents(wanted, n_facts, n_docs)
         ask = asker(wanted, records) if wanted.base in FROM_SCRATCH else None
         chosen, brief = methods(wanted, records), methods(short, records)

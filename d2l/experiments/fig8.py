@@ -6,15 +6,16 @@ import pandas as pd
 
 from ..artifacts import WORD_COLUMNS
 from ..baselines import Setting, d2l_batched, d2l_swapped, document_alone
+from ..config import with_overrides
 from ..figures_data import draw_fig8
 from ..qa_metrics import score
 from .base import Request
-from .facts import documents
-from .qa import QaExperiment
+from .facts import counts, documents
+from .qa import INVENTED, PUBLIC, QaExperiment
 
 METHODS = {"d2l": d2l_batched, "d2l_swapped": d2l_swapped, "document_alone": document_alone}
 SHOWN = {"eval.n_facts": (1, 4, 8), "eval.n_docs": (1, 1, 1), "eval.n_questions": 1}
-"""The first held-out document of each number of facts: nobody chose them."""
+"""The first held-out document of each number of facts, and of SQuAD: nobody chose them."""
 
 
 class Words(QaExperiment):
@@ -30,8 +31,9 @@ class Words(QaExperiment):
         wanted, found = self.models(asked, {}, asked.seed, retrain=retrain)
         model = found[asked.seed]
         setting = Setting(model.base, model, max_new_tokens=wanted.eval.max_new_tokens)
-        for n_facts, n_docs in zip(wanted.eval.n_facts, wanted.eval.n_docs, strict=True):
-            for record in documents(wanted, n_facts, n_docs):
+        sets = [with_overrides(wanted, changes) for changes in self.sets_at(asked.scale).values()]
+        for asks, n_facts, n_docs in ((s, *count) for s in sets for count in counts(s)):
+            for record in documents(asks, n_facts, n_docs):
                 texts = [q.text for q in record.questions]
                 for series, method in METHODS.items():
                     replies = method(setting, record.document, texts)
@@ -44,5 +46,10 @@ class Words(QaExperiment):
                         yield pd.DataFrame([row])
 
 
-FIGURE = Words("fig8", draw=draw_fig8, changes=dict.fromkeys(("smoke", "tiny", "paper"), SHOWN))
+FIGURE = Words(
+    "fig8",
+    draw=draw_fig8,
+    public={"recall": INVENTED, "SQuAD": PUBLIC["SQuAD"]},
+    changes=dict.fromkeys(("smoke", "tiny", "small", "paper"), SHOWN),
+)
 config, run, train = FIGURE.config, FIGURE.run, FIGURE.train

@@ -44,6 +44,9 @@ PUBLIC: dict[str, Changes] = {
     "ROPES": {"eval.public": "ropes"},
 }
 """Public sets, which a pretrained base can be asked about."""
+INVENTED: Changes = {"eval.public": ""}
+INVENTED: Changes = {"eval.public": ""}
+"""Asks about invented documents where a recipe would ask about a public set."""
 PRETRAINED = ("small", "paper")
 
 

@@ -14,7 +14,7 @@ from ..baselines import (
 from ..data.record import Record
 from ..figures_qa import draw_by_facts
 from .facts import FactRun, measure
-from .qa import QaExperiment
+from .qa import INVENTED, PUBLIC, QaExperiment
 
 
 def methods(wanted: FactRun, records: Sequence[Record]) -> dict[tuple[str, str], Method]:
@@ -33,5 +33,12 @@ TABLE = QaExperiment(
     draw=draw_by_facts,
     again=("base_with_context", "d2l", "d2l_swapped"),
     measure=functools.partial(measure, methods=methods),
-)
+    sets={"recall": {}},
+    public={"recall": INVENTED, "SQuAD": PUBLIC["SQuAD"]},
+    changes={
+        "small": {
+            "eval.n_facts": (1, 8), "eval.n_docs": (25, 25), "eval.n_alternatives": None,
+        },
+    },
+)  # fmt: skip
 config, run, train = TABLE.config, TABLE.run, TABLE.train

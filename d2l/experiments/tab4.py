@@ -10,6 +10,8 @@ TABLE = QaExperiment(
     changes={
         "tiny": {"eval.cd_queries": (4, 8, 16), "eval.n_slow": 8}
         | {"eval.n_facts": (8,), "eval.n_docs": (8,)},
+        "small": {"eval.cd_queries": (5, 20), "eval.cd_epochs": 60, "eval.n_slow": 4}
+        | {"eval.n_facts": (8,), "eval.n_docs": (4,)},
         "paper": {"eval.cd_queries": (20, 50, 100), "eval.n_docs": (100,)},
     },
 )

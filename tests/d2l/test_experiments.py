@@ -46,8 +46,8 @@ def test_a_request_is_checked_and_leaves_nothing_behind(tmp_path):
         base.request("fig2", "smal")
     with pytest.raises(ValueError, match="did you mean 'fig3'"):
         base.request("figg3", "tiny")
-    with pytest.raises(ValueError, match="unknown scale of tab3 'small'; known: smoke, tiny"):
-        base.request("tab3", "small")
+    with pytest.raises(ValueError, match="unknown scale of tab5 'small'; known: smoke, tiny"):
+        base.request("tab5", "small")
     with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
         base.request("fig2", "tiny", -1)
 

@@ -13,7 +13,7 @@ from qa_table import METHODS, qa_table
 from d2l import artifacts, experiments, figures_qa
 from d2l.baselines import Setting
 from d2l.config import ChunkConfig, diff, flatten, from_dict, to_dict
-from d2l.data.record import Record
+from d2l.data.record import Question, Record
 from d2l.experiments import (
     fact_fitting,
     fig1,
@@ -33,7 +33,16 @@ from d2l.experiments import (
 )
 from d2l.experiments.fact_fitting import on_the_way
 from d2l.experiments.fact_scales import SOURCES
-from d2l.experiments.facts import FactRun, Stage, card, documents, wrong_document
+from d2l.experiments.facts import (
+    FactRun,
+    Stage,
+    card,
+    counts,
+    documents,
+    following,
+    reading,
+    wrong_document,
+)
 from d2l.experiments.qa import QaExperiment, _as_variant
 from d2l.experiments.shipped import fresh, load_shipped, weights_dir
 from d2l.lm.base import load_base
@@ -213,6 +222,52 @@ def test_lines_by_facts_are_means_over_seeds() -> None:
     assert lines["D2L: kl"] == pytest.approx([0.895, 0.895])
     assert lines["D2L: tokens"] == pytest.approx([0.695, 0.695])
     assert lines["D2L, wrong document"] == pytest.approx([0.095, 0.095])
+
+
+def test_public_sets_stand_right_of_the_lines() -> None:
+    invented = qa_table({("d2l", ""): 0.9}, n_facts=(1, 8)).assign(set="recall")
+    public = qa_table({("d2l", ""): 0.3, ("replaced_context", "other"): 0.1}, n_facts=(0,))
+    table = pd.concat([invented, public.assign(set="SQuAD")], ignore_index=True)
+    axes = figures_qa.draw_by_facts(table, scale="small", title="x", metric="recall").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "8", "SQuAD"]
+    found = [x for x in axes.get_lines() if x.get_label() == "D2L"]
+    assert [list(x.get_xdata()) for x in found] == [[0, 1], [2]]
+    assert list(found[1].get_ydata()) == pytest.approx([0.295])
+    one = [x for x in axes.get_lines() if str(x.get_label()).endswith("other")]
+    assert [list(x.get_xdata()) for x in one if len(x.get_xdata())] == [[2]]
+
+
+def test_a_pretrained_base_is_asked_about_public_sets_too() -> None:
+    for table in (tab3.TABLE, tab8.TABLE):
+        assert list(table.sets_at("tiny")) == ["recall"]
+        assert list(table.sets_at("small")) == list(table.sets_at("paper")) == ["recall", "SQuAD"]
+    assert list(tab11.TABLE.sets_at("small")) == [*qa.SETS, *qa.PUBLIC]
+    for scale in ("small", "paper"):
+        asked = tab11.config(scale, tab11.TABLE.sets_at(scale)["numeric"])
+        assert (asked.eval.public, asked.eval.kinds) == ("", ("numeric",))
+    squad = tab3.config("small", tab3.TABLE.sets_at("small")["SQuAD"])
+    assert counts(squad) == [(0, 25)]
+    assert counts(tab3.config("small")) == [(1, 25), (8, 25)]
+
+
+def test_another_text_is_read_in_place_of_the_document() -> None:
+    records = [Record(text, (Question("Who?", ("Ann",)),)) for text in ("One.", "Two.", "Three.")]
+    read = []
+
+    def method(setting, document, questions):
+        read.append(document)
+        return []
+
+    other = reading(method, following(records).__getitem__)
+    for record in records:
+        other(None, record.document, ["Who?"])
+    assert read == ["Two.", "Three.", "One."]
+    tiny, small = (tab8.methods(tab8.config(scale), records) for scale in ("tiny", "small"))
+    assert set(small) - set(tiny) == {
+        ("replaced_context", "other"),
+        ("replaced_context", "assistant"),
+        ("d2l_of_assistant", ""),
+    }
 
 
 def test_a_curve_draws_seeds_and_their_mean() -> None:

@@ -178,6 +178,20 @@ def test_table_11_draws_every_set_beside_the_papers() -> None:
     assert [t.get_text() for t in left.get_yticklabels()] == ["recall", "numeric"]
 
 
+def test_public_sets_have_one_bar_at_their_own_name() -> None:
+    invented = qa_table({("base_with_context", ""): 0.9, ("d2l", "batched"): 0.5}, seeds=(0,))
+    public = qa_table({("base_with_context", ""): 0.4, ("d2l", "batched"): 0.2}, (0,), (0,))
+    table = pd.concat([invented.assign(set="recall"), public.assign(set="SQuAD", n=8)])
+    left, _ = figures_qa.draw_tab11(
+        table.assign(unknown=0.0), scale="small", title="x", metric="recall", paper={"SQuAD": 0.87}
+    ).axes
+    bars = [(round(b.get_width(), 3), round(b.get_y() + b.get_height() / 2, 3))
+            for b in left.patches]  # fmt: skip
+    assert bars == [(0.9, -0.2), (0.9, 0.2), (0.4, 1.0)]
+    line = next(x for x in left.get_lines() if str(x.get_label()).startswith("paper"))
+    assert list(line.get_ydata()) == pytest.approx([0.55, 1.45])
+
+
 def test_lengths_are_those_of_the_training_stream(tmp_path) -> None:
     run = fig5.run("smoke", out_dir=str(tmp_path))
     assert tuple(artifacts.read_csv(tmp_path / "data.csv").columns) == artifacts.LENGTH_COLUMNS
