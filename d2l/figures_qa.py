@@ -140,7 +140,7 @@ def draw_tab11(
                           label="paper, gemma-2-2b-it (F1)")  # fmt: skip
         named = list(dict.fromkeys(replies["series"]))
         for i, series in enumerate(named):
-            rows = replies[replies["series"] == series].set_index("set")
+            rows = pd.DataFrame(replies[replies["series"] == series]).set_index("set")
             style = _QA_STYLES[str(series)]
             _bars(right, sets, i, len(named), rows, "unknown", style.colour, style.label)
         left.set_yticks(range(len(sets)), sets)

@@ -85,11 +85,16 @@ def default_out_dir(
     """
     if scale != "smoke" and seed == 0 and not overrides:
         return artifacts.results_dir(experiment.id, scale, experiment.paper)
+    return artifacts.build_dir() / "results" / experiment.id / run_name(scale, seed, overrides)
+
+
+def run_name(scale: str, seed: int, overrides: Mapping[str, Any]) -> str:
+    """Name a run among those of its experiment."""
     name = scale if seed == 0 else f"{scale}-seed{seed}"
     if overrides:
         canonical = json.dumps(dict(overrides), sort_keys=True)
         name += "-" + hashlib.sha256(canonical.encode()).hexdigest()[:6]
-    return artifacts.build_dir() / "results" / experiment.id / name
+    return name
 
 
 def need_gpu_and_model(experiment: str, model: str) -> None:

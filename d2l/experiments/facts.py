@@ -9,14 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-import pandas as pd
-from tqdm import tqdm
-
-from ..artifacts import QA_COLUMNS
 from ..baselines import (
     DistillConfig,
     Method,
@@ -45,10 +40,9 @@ from ..data.public import load
 from ..data.record import Record
 from ..meter import Meter
 from ..model import DocToLoRA
-from ..qa_metrics import QaScore, score
 from ..routing import PART_TOK
 from ..train import TrainConfig
-from .shipped import FROM_SCRATCH, Curve
+from .shipped import Curve
 
 Metric = Literal["f1", "recall"]
 Methods = Callable[["FactRun", Sequence[Record]], dict[tuple[str, str], Method]]
@@ -233,61 +227,6 @@ def methods(wanted: FactRun, records: Sequence[Record]) -> dict[tuple[str, str],
     return found
 
 
-def measure(
-    wanted: FactRun,
-    model: DocToLoRA,
-    *,
-    seed: int,
-    only: Iterable[str] | None = None,
-    methods: Methods = methods,
-) -> pd.DataFrame:
-    """Ask every one of ``methods`` (or the series in ``only``) about the held-out documents.
-
-    One row for each method and number of facts, columns as in `artifacts.QA_COLUMNS`, and
-    ``unknown``, the share of replies that say that there is no answer.
-    ``relative`` is the metric over that of the first method, the base with the document in
-    context, on the same questions; its interval a bootstrap over documents.  Memory is counted
-    apart, and of two epochs where a method trains: it peaks in the first.
-    """
-    base, rows = model.base, []
-    none = LEXICONS[wanted.stream.vocabulary].unknown
-    short = dataclasses.replace(wanted, eval=dataclasses.replace(wanted.eval, cd_epochs=2))
-    for n_facts, n_docs in counts(wanted):
-        records = documents(wanted, n_facts, n_docs)
-        ask = asker(wanted, records) if wanted.base in FROM_SCRATCH else None
-        chosen, brief = methods(wanted, records), methods(short, records)
-        picked = [k for k in chosen if only is None or k[0] in only]
-        reference: dict[str, list[QaScore]] = {}
-        for series, part in tqdm(picked, desc=f"{n_facts} facts", unit="method"):
-            slow = series.startswith("cd_")
-            main = series.startswith("base_") or series in ("d2l", "wrong_document")
-            seen = wanted.eval.n_slow if slow else None if main else wanted.eval.n_alternatives
-            asked = records[:seen]
-            half = max(1, len(base.tokenizer(asked[0].document).input_ids) // 2)
-            setting = Setting(
-                base,
-                model,
-                max_new_tokens=wanted.eval.max_new_tokens,
-                context_tok=half if part == "half" else None,
-                ask=ask,
-            )
-            scores, replies = _ask_all(setting, chosen[series, part], asked)
-            if not reference:
-                reference = scores
-            metered = dataclasses.replace(setting, count_memory=True)
-            few = asked[: 1 if slow else wanted.eval.n_metered]
-            _, measured = _ask_all(metered, brief[series, part], few)
-            rows.append(
-                {"series": series, "part": part, "n_facts": n_facts, "n_docs": len(asked)}
-                | _row(scores, replies, measured, reference, wanted.eval.metric)
-                | {
-                    "seed": seed,
-                    "unknown": statistics.fmean(score(r.text, none).exact for r in replies),
-                }
-            )
-    return pd.DataFrame(rows, columns=[*QA_COLUMNS, "unknown"])
-
-
 def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
     """Write the model card from the run itself."""
     last = {k: v for row in curve for k, v in row.items()}
@@ -318,75 +257,3 @@ Held-out documents of {s.max_facts} facts when last watched, recall of the answe
 {last.get("held_out_wrong", math.nan):.2f}.  The full
 evaluation is in `results/`.
 """
-
-
-def _texts(record: Record) -> list[str]:
-    return [q.text for q in record.questions]
-
-
-def _ask_all(
-    setting: Setting, method: Method, records: Sequence[Record]
-) -> tuple[dict[str, list[QaScore]], list[Reply]]:
-    scores: dict[str, list[QaScore]] = {}
-    replies: list[Reply] = []
-    for record in records:
-        answered = method(setting, record.document, _texts(record))
-        pairs = zip(answered, record.questions, strict=True)
-        scores[record.document] = [score(r.text, q.answers) for r, q in pairs]
-        replies += answered
-    return scores, replies
-
-
-def _row(
-    scores: Mapping[str, list[QaScore]],
-    replies: Sequence[Reply],
-    metered: Sequence[Reply],
-    reference: Mapping[str, list[QaScore]],
-    metric: Metric,
-) -> dict[str, float]:
-    every = [s for listed in scores.values() for s in listed]
-    low, mid, high = _relative(scores, reference, metric)
-    mean = statistics.fmean
-    return {
-        "n": len(every),
-        "f1": mean(s.f1 for s in every),
-        "recall": mean(s.recall for s in every),
-        "exact": mean(s.exact for s in every),
-        "relative": mid,
-        "relative_low": low,
-        "relative_high": high,
-        "context_ratio": mean(r.context_ratio for r in replies),
-        "update_s": mean(r.update.seconds for r in replies),
-        "update_mib": max(r.update.peak_mib for r in metered),
-        "generation_s": mean(r.generation.seconds for r in replies),
-        "generation_mib": max(r.generation.peak_mib for r in metered),
-        "adapter_mib": mean(r.adapter_mib for r in replies),
-    }
-
-
-def _relative(
-    scores: Mapping[str, list[QaScore]],
-    reference: Mapping[str, list[QaScore]],
-    metric: Metric,
-    n_draws: int = 1000,
-) -> tuple[float, float, float]:
-    """Return the ratio of sums with a 95 % bootstrap interval over documents.
-
-    NaN where the reference scores nothing; draws in which it does are left out.
-    """
-    pairs = [
-        (
-            math.fsum(getattr(s, metric) for s in listed),
-            math.fsum(getattr(s, metric) for s in reference[document]),
-        )
-        for document, listed in scores.items()
-    ]
-    rng = random.Random(0)
-
-    def ratio(drawn: Sequence[tuple[float, float]]) -> float:
-        below = sum(b for _, b in drawn)
-        return sum(a for a, _ in drawn) / below if below else math.nan
-
-    drawn = (ratio(rng.choices(pairs, k=len(pairs))) for _ in range(n_draws))
-    draws = sorted(r for r in drawn if not math.isnan(r)) or [math.nan]
-    return draws[len(draws) // 40], ratio(pairs), draws[-(len(draws) // 40) - 1]

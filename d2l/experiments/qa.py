@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 
 import pandas as pd
 
-from ..artifacts import QA_COLUMNS, SET_COLUMNS
+from ..artifacts import QA_COLUMNS, SET_COLUMNS, build_dir
 from ..config import with_overrides
 from ..figures import Figure
 from ..measures_qa import by_method
 from ..model import DocToLoRA
-from .base import Request, Run, need_gpu_and_model, request
+from .base import Request, Run, need_gpu_and_model, request, run_name
 from .fact_fitting import trained
 from .fact_scales import OVERRIDES, PAPER, SOURCES
-from .facts import FactRun, card, measure
+from .facts import FactRun, card
+from .measuring import code_id, measure, seconds_kept
 from .shipped import models, shipped_seeds, train_and_ship
 
 SHIPS = "fig3"
@@ -103,12 +105,13 @@ class QaExperiment:
     ) -> QaRun:
         """Ask every method the same held-out questions; hand back table, figure and verdicts.
 
-        Weights that ship are used, others are trained first (an interrupted training resumes);
-        ``retrain`` trains all of them again.  Raises ValueError for a request that cannot be served
+        Weights that ship are used, others are trained first; an interrupted training resumes, and
+        so does the asking, under ``build/rows``, unless the code has changed.  ``retrain`` trains
+        all of them again.  Raises ValueError for a request that cannot be served
         and CannotRun where the scale needs a GPU or the hub.
         """
-        began = time.monotonic()
         asked = request(self.id, scale, seed, overrides, out_dir)
+        began = time.monotonic() - seconds_kept(_keep(asked))
         wanted = self.config(scale, {"train.seed": seed} | asked.overrides)
         self._check_overrides(asked.overrides)
         measured = pd.concat(self.rows(asked, retrain), ignore_index=True)
@@ -125,6 +128,7 @@ class QaExperiment:
             columns=self.columns,
         )
         drawn.save()
+        shutil.rmtree(_keep(asked).parent, ignore_errors=True)
         return drawn
 
     def train(self, scale: str, seed: int = 0, overrides: Changes | None = None) -> Path:
@@ -155,7 +159,8 @@ class QaExperiment:
                 only = self.again if i else self.series
                 for name, changes in self.sets_at(asked.scale).items():
                     asks = with_overrides(wanted, changes)
-                    yield self.measure(asks, model, seed=seed, only=only).assign(set=name)
+                    table = self.measure(asks, model, seed=seed, only=only, keep=_keep(asked))
+                    yield table.assign(set=name)
             return
         usual = asked.scale != "smoke" and asked.seed == 0 and not asked.overrides
         seeds = (shipped_seeds(SHIPS, asked.scale) if usual else []) or [asked.seed]
@@ -164,7 +169,8 @@ class QaExperiment:
                 wanted, found = self.models(asked, changes, seed, retrain=retrain)
                 first = i == j == 0
                 only = COMPARED if first else AGAIN
-                table = self.measure(wanted, found[seed], seed=seed, only=only)
+                model, keep = found[seed], _keep(asked)
+                table = self.measure(wanted, model, seed=seed, only=only, keep=keep)
                 yield _as_variant(table, part, with_base=first)
 
     def models(
@@ -187,6 +193,12 @@ class QaExperiment:
         if compared & set(overrides):
             key = min(compared & set(overrides))
             raise ValueError(f"{self.id} compares values of {key}: it cannot be set beside that")
+
+
+def _keep(asked: Request) -> Path:
+    """Return where the rows of a request are kept until it has ended, for the code as it is."""
+    name = run_name(asked.scale, asked.seed, asked.overrides)
+    return build_dir() / "rows" / asked.experiment / name / code_id()
 
 
 def _as_variant(table: pd.DataFrame, part: str, *, with_base: bool) -> pd.DataFrame:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from ..baselines import Method, d2l_batched, in_context, without_context
 from ..data.record import Record
 from ..figures_qa import draw_tab11
-from .facts import FactRun, measure
+from .facts import FactRun
+from .measuring import measure
 from .qa import INVENTED, PUBLIC, SETS, QaExperiment
 
 PAPER = {"recall": 0.8692, "numeric": 0.4541, "situational": 0.7457, "two hops": 0.3387}

@@ -13,7 +13,8 @@ from ..baselines import (
 )
 from ..data.record import Record
 from ..figures_qa import draw_by_facts
-from .facts import FactRun, measure
+from .facts import FactRun
+from .measuring import measure
 from .qa import INVENTED, PUBLIC, QaExperiment
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from ..baselines import Method, d2l_batched, d2l_with_truncated_context, in_context, without_context
 from ..data.record import Record
 from ..figures_qa import draw_by_facts
-from .facts import FactRun, following, measure, reading, wrong_document
+from .facts import FactRun, following, reading, wrong_document
+from .measuring import measure
 from .qa import INVENTED, PUBLIC, QaExperiment
 from .shipped import FROM_SCRATCH
 

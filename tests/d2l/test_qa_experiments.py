@@ -106,7 +106,7 @@ def test_a_variant_keeps_its_own_rows_and_the_base_once() -> None:
 def test_compared_models_are_measured_variant_by_variant(monkeypatch, tmp_path) -> None:
     asked = []
 
-    def measured(wanted, model, *, seed, only):
+    def measured(wanted, model, *, seed, only, keep):
         asked.append((wanted.hypernet.lora.rank, seed))
         return qa_table(seeds=(seed,))
 

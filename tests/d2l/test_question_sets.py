@@ -14,7 +14,8 @@ from d2l.config import with_overrides
 from d2l.data.fact_training import FactTraining
 from d2l.data.record import Question, Record
 from d2l.experiments import fact_fitting, facts, fig3, fig5, fig7, fig8, qa, tab11
-from d2l.experiments.facts import _relative, documents, measure
+from d2l.experiments.facts import documents
+from d2l.experiments.measuring import _relative, measure
 from d2l.experiments.qa import PUBLIC, SETS, QaExperiment
 from d2l.experiments.shipped import load, load_shipped
 from d2l.measures import MEASURES, NotTestable
@@ -71,7 +72,7 @@ def test_rivals_are_of_one_type() -> None:
 def test_sets_are_asked_one_after_another_by_every_seed(monkeypatch, tmp_path) -> None:
     asked = []
 
-    def measured(wanted, model, *, seed, only):
+    def measured(wanted, model, *, seed, only, keep):
         asked.append((seed, wanted.eval.kinds, wanted.eval.rivals, only))
         return qa_table(seeds=(seed,)).assign(unknown=0.0)
 
