@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -79,8 +80,9 @@ def seconds_kept(folder: Path) -> float:
     return sum(f["seconds"] for path in folder.glob("*.jsonl") for f in Kept(path)._found.values())
 
 
+@functools.cache
 def code_id() -> str:
-    """Return a digest of the sources and of the versions that decide a number."""
+    """Return a digest of the sources, when first asked, and of the versions that decide a number."""
     digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
     for path in sorted(p for folder in _SOURCES for p in folder.rglob("*.py")):
         digest.update(path.read_bytes())

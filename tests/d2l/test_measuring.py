@@ -92,11 +92,12 @@ def test_what_was_measured_otherwise_is_not_taken(model, tmp_path) -> None:
 
 
 def test_the_code_decides_what_may_be_taken(monkeypatch, tmp_path) -> None:
-    before = code_id()
-    assert before == code_id()
+    before = code_id.__wrapped__()
+    assert before == code_id.__wrapped__() == code_id()
     (tmp_path / "new.py").write_text("changed = True")
     monkeypatch.setattr(measuring, "_SOURCES", (*measuring._SOURCES, tmp_path))
-    assert code_id() != before
+    assert code_id.__wrapped__() != before
+    assert code_id() == before, "what is loaded does not change"
 
 
 def test_a_run_resumes_and_clears_what_it_kept(model, monkeypatch, tmp_path) -> None:
