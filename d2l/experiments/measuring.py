@@ -82,7 +82,7 @@ def seconds_kept(folder: Path) -> float:
 
 @functools.cache
 def code_id() -> str:
-    """Return a digest of the sources, when first asked, and of the versions that decide a number."""
+    """Return a digest of the sources as loaded, and of the versions that decide a number."""
     digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
     for path in sorted(p for folder in _SOURCES for p in folder.rglob("*.py")):
         digest.update(path.read_bytes())
