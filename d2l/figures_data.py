@@ -84,7 +84,7 @@ def draw_fig8(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Fi
         axes.set_axis_off()
         for at, line in enumerate(lines):
             for x, text, how in line:
-                axes.text(x, at, text, fontsize=7.5, va="top", **how)
+                axes.text(x, at, text, fontsize=7.5, va="top", parse_math=False, **how)
             if not line and at + 1 < len(lines):
                 axes.axhline(at + 0.4, color="0.8", linewidth=0.6)
         figure.suptitle(f"A document or its question internalised, scale {scale}, {title}",

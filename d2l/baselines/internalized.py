@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..lm.base import render_chat
 from ..lora import ChunkLora, LoraBatch
 from ..meter import MIB, Meter
 from ..model import DocToLoRA
@@ -112,7 +113,10 @@ def _read_silently(
 
 @torch.no_grad()
 def _internalize(model: DocToLoRA, document: str, *, at_once: bool) -> LoraBatch:
-    chunks = model.chunks(document)
+    """Read a text; one that is too short for a chunk, as a question may be, is read as it is."""
+    ids = render_chat(model.reader.tokenizer, document.strip())
+    short = document.strip() and len(ids) < model.chunk.min_tok
+    chunks = [ids] if short else model.chunks(document)
     if at_once:
         budget, model.tok_budget = model.tok_budget, sum(map(len, chunks))
         try:

@@ -1,7 +1,7 @@
-"""The fact-internalising run that figures and tables share: its config, training and evaluation.
+"""The fact-internalising run that figures and tables share: its config, documents and methods.
 
-Documents come from the invented encyclopedia; every method of `d2l.baselines` answers the same
-questions about the same held-out documents.
+Documents come from the invented encyclopedia, or a public set; `measuring` asks every method of
+`d2l.baselines` the same questions about the same held-out ones.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -49,9 +48,11 @@ class Kept:
                 self._found[row["n_facts"], row["series"], row["part"]] = found
 
     @classmethod
-    def of(cls, folder: Path, wanted: FactRun, model: DocToLoRA) -> Kept:
-        """Return what ``folder`` keeps for a config, the weights of a model, and its base."""
-        made = f"{config_id(wanted)} {model.hypernet_id} {model.base.fingerprint}"
+    def of(cls, folder: Path, wanted: FactRun, model: DocToLoRA, records: Sequence[Record]) -> Kept:
+        """Return what ``folder`` keeps for a config, documents, and a model as it was loaded."""
+        base = model.base
+        made = f"{config_id(wanted)} {model.hypernet_id} {base.fingerprint} {base.device.type} "
+        made += f"{base.model.dtype} {records}"
         return cls(folder / f"{hashlib.sha256(made.encode()).hexdigest()[:16]}.jsonl")
 
     def find(
@@ -80,13 +81,15 @@ def seconds_kept(folder: Path) -> float:
     return sum(f["seconds"] for path in folder.glob("*.jsonl") for f in Kept(path)._found.values())
 
 
-@functools.cache
-def code_id() -> str:
-    """Return a digest of the sources as loaded, and of the versions that decide a number."""
+def _code_id() -> str:
     digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
     for path in sorted(p for folder in _SOURCES for p in folder.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+CODE_ID = _code_id()
+"""Digest of the sources as loaded, and of the versions that decide a number."""
 
 
 def measure(
@@ -108,11 +111,11 @@ def measure(
     holds is not measured again, and rows are written there at once.
     """
     base, rows, mean = model.base, [], statistics.fmean
-    kept = Kept.of(keep, wanted, model) if keep else None
     none = LEXICONS[wanted.stream.vocabulary].unknown
     short = dataclasses.replace(wanted, eval=dataclasses.replace(wanted.eval, cd_epochs=2))
     for n_facts, n_docs in counts(wanted):
         records = documents(wanted, n_facts, n_docs)
+        kept = Kept.of(keep, wanted, model, records) if keep else None
         ask = asker(wanted, records) if wanted.base in FROM_SCRATCH else None
         chosen, brief = methods(wanted, records), methods(short, records)
         picked = [k for k in chosen if only is None or k[0] in only]

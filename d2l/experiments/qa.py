@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,7 @@ from .base import Request, Run, need_gpu_and_model, request, run_name
 from .fact_fitting import trained
 from .fact_scales import OVERRIDES, PAPER, SOURCES
 from .facts import FactRun, card
-from .measuring import code_id, measure, seconds_kept
+from .measuring import CODE_ID, measure, seconds_kept
 from .shipped import models, shipped_seeds, train_and_ship
 
 SHIPS = "fig3"
@@ -46,7 +47,6 @@ PUBLIC: dict[str, Changes] = {
     "ROPES": {"eval.public": "ropes"},
 }
 """Public sets, which a pretrained base can be asked about."""
-INVENTED: Changes = {"eval.public": ""}
 INVENTED: Changes = {"eval.public": ""}
 """Asks about invented documents where a recipe would ask about a public set."""
 PRETRAINED = ("small", "paper")
@@ -128,7 +128,6 @@ class QaExperiment:
             columns=self.columns,
         )
         drawn.save()
-        shutil.rmtree(_keep(asked).parent, ignore_errors=True)
         return drawn
 
     def train(self, scale: str, seed: int = 0, overrides: Changes | None = None) -> Path:
@@ -196,9 +195,10 @@ class QaExperiment:
 
 
 def _keep(asked: Request) -> Path:
-    """Return where the rows of a request are kept until it has ended, for the code as it is."""
-    name = run_name(asked.scale, asked.seed, asked.overrides)
-    return build_dir() / "rows" / asked.experiment / name / code_id()
+    """Return where the rows of a request are kept until its claims are judged, for this code."""
+    place = hashlib.sha256(str(asked.out_dir).encode()).hexdigest()[:6]
+    name = f"{run_name(asked.scale, asked.seed, asked.overrides)}-{place}"
+    return build_dir() / "rows" / asked.experiment / name / CODE_ID
 
 
 def _as_variant(table: pd.DataFrame, part: str, *, with_base: bool) -> pd.DataFrame:
@@ -210,6 +210,12 @@ def _as_variant(table: pd.DataFrame, part: str, *, with_base: bool) -> pd.DataFr
 
 class QaRun(Run):
     """A run whose table has one row for each method and number of facts."""
+
+    def check(self) -> pd.DataFrame:
+        """Judge the claims as every run does; what was kept to go on with is no longer needed."""
+        verdicts = super().check()
+        shutil.rmtree(_keep(self.request).parent, ignore_errors=True)
+        return verdicts
 
     def summary(self) -> pd.DataFrame:
         """Return one row a method (and set), seeds and numbers of facts averaged."""

@@ -38,12 +38,17 @@ def methods(wanted: FactRun, records: Sequence[Record]) -> dict[tuple[str, str],
 TABLE = QaExperiment(
     "tab8",
     draw=draw_by_facts,
-    again=("with_context_and_adapter", "wrong_document", "base_with_context"),
+    again=(
+        "with_context_and_adapter", "wrong_document", "d2l_of_assistant", "base_with_context",
+    ),
     measure=functools.partial(measure, methods=methods),
     sets={"recall": {}},
     public={"recall": INVENTED, "SQuAD": PUBLIC["SQuAD"]},
     changes={
-        "small": {"eval.n_facts": (8,), "eval.n_docs": (25,), "eval.n_alternatives": None},
+        "small": {
+            "eval.n_facts": (8,), "eval.n_docs": (50,), "eval.n_questions": 1,
+            "eval.n_alternatives": None,
+        },
     },
 )  # fmt: skip
 config, run, train = TABLE.config, TABLE.run, TABLE.train

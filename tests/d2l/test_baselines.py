@@ -1,5 +1,6 @@
 """Every alternative on the tiny needle base: what it puts where, meters, and refuses."""
 
+import dataclasses
 import math
 import sys
 from types import SimpleNamespace
@@ -9,15 +10,16 @@ import torch
 from tiny_models import doc_to_lora
 
 from d2l import baselines
-from d2l.baselines import DistillConfig, Setting, prompted
+from d2l.baselines import DistillConfig, Setting, d2l_batched, prompted
 from d2l.baselines.distilled import fresh_lora
 from d2l.baselines.prompted import cut_middle, select_surprising, sentence_chunks
 from d2l.checkpoint import load_model
 from d2l.data.needle import NeedleGenerator
 from d2l.experiments.shipped import weights_dir
-from d2l.lm.base import LanguageModel, load_base
+from d2l.lm.base import LanguageModel, load_base, render_chat
 from d2l.lm.hooks import applied
 from d2l.lora import route_rows
+from d2l.model import DocToLoRA
 
 
 @pytest.fixture(scope="module")
@@ -255,3 +257,17 @@ def test_distilling_without_a_question_changes_nothing(setting):
         (reply,) = baselines.distilled(DistillConfig(n_queries=5))(nobody, document, asked)
     (plain,) = baselines.without_context(nobody, document, asked)
     assert reply.text == plain.text
+
+
+def test_a_text_too_short_for_a_chunk_is_read_as_it_is() -> None:
+    model = DocToLoRA.from_pretrained("fig3/tiny")
+    text = "Who built it?"
+    setting = Setting(model.base, model, max_new_tokens=2)
+    whole = d2l_batched(setting, text, ["Who?"])
+    n_tok = len(render_chat(model.base.tokenizer, text))
+    model.chunk = dataclasses.replace(model.chunk, min_tok=n_tok + 1)
+    with pytest.raises(ValueError, match="too short|shorter"):
+        model.internalize(text)
+    assert d2l_batched(setting, text, ["Who?"])[0].text == whole[0].text
+    with pytest.raises(ValueError, match="empty"):
+        d2l_batched(setting, " ", ["Who?"])

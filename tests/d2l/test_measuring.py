@@ -10,7 +10,8 @@ import pytest
 from d2l import artifacts, figures_qa
 from d2l.baselines.setting import reply_to
 from d2l.experiments import fig3, measuring, qa
-from d2l.experiments.measuring import Kept, code_id, measure, seconds_kept
+from d2l.experiments.facts import documents
+from d2l.experiments.measuring import CODE_ID, Kept, _code_id, measure, seconds_kept
 from d2l.experiments.qa import QaExperiment
 from d2l.experiments.shipped import load_shipped
 from d2l.meter import Meter
@@ -87,17 +88,17 @@ def test_what_was_measured_otherwise_is_not_taken(model, tmp_path) -> None:
         measure(asks, model, seed=0, methods=others, keep=tmp_path)
         assert len(others.asked) == 15
     another = load_shipped("fig3", {1: fig3.config("tiny", {"train.seed": 1})}, "tiny")[1]
-    assert not Kept.of(tmp_path, wanted, another).path.exists()
-    assert Kept.of(tmp_path, wanted, model).path.exists()
+    records = documents(wanted, 1, 2)
+    assert Kept.of(tmp_path, wanted, model, records).path.exists()
+    assert not Kept.of(tmp_path, wanted, another, records).path.exists()
+    assert not Kept.of(tmp_path, wanted, model, records[:1]).path.exists()
 
 
 def test_the_code_decides_what_may_be_taken(monkeypatch, tmp_path) -> None:
-    before = code_id.__wrapped__()
-    assert before == code_id.__wrapped__() == code_id()
+    assert _code_id() == CODE_ID
     (tmp_path / "new.py").write_text("changed = True")
     monkeypatch.setattr(measuring, "_SOURCES", (*measuring._SOURCES, tmp_path))
-    assert code_id.__wrapped__() != before
-    assert code_id() == before, "what is loaded does not change"
+    assert _code_id() != CODE_ID
 
 
 def test_a_run_resumes_and_clears_what_it_kept(model, monkeypatch, tmp_path) -> None:
@@ -116,7 +117,9 @@ def test_a_run_resumes_and_clears_what_it_kept(model, monkeypatch, tmp_path) -> 
     asked = Counted()
     run = table.run("tiny", overrides=CHANGES, out_dir=str(out))
     assert len(asked.asked) == 15 - 6
-    assert run.seconds > 0
+    assert list(tmp_path.glob("rows/fig3/*")), "it has neither a figure nor verdicts yet"
+    run.figure()
+    run.check()
     assert not list(tmp_path.glob("rows/fig3/*"))
     assert len(artifacts.read_csv(out / "data.csv")) == 6
     assert dataclasses.replace(run.config.eval, **{k[5:]: v for k, v in CHANGES.items()}) == (
