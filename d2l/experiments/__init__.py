@@ -90,7 +90,7 @@ EXPERIMENTS = {
             cost={
                 "smoke": "half a minute",
                 "tiny": "half a minute",
-                "small": "a minute; needs SQuAD",
+                "small": "half a minute; needs SQuAD",
                 "paper": "one GPU",
             },
             module="d2l.experiments.fig5",
@@ -125,7 +125,7 @@ EXPERIMENTS = {
             cost={
                 "smoke": "half a minute",
                 "tiny": "seconds",
-                "small": "a minute; needs SQuAD",
+                "small": "half a minute; needs SQuAD",
                 "paper": "one GPU",
             },
             module="d2l.experiments.fig8",
@@ -137,7 +137,7 @@ EXPERIMENTS = {
             cost={
                 "smoke": "half a minute",
                 "tiny": "2 min",
-                "small": "30 min on one core; needs SQuAD",
+                "small": "17 min on one core; needs SQuAD",
                 "paper": "one GPU",
             },
             module="d2l.experiments.tab3",
@@ -149,7 +149,7 @@ EXPERIMENTS = {
             cost={
                 "smoke": "half a minute",
                 "tiny": "4 min",
-                "small": "30 min on one core",
+                "small": "16 min on one core",
                 "paper": "one GPU",
             },
             module="d2l.experiments.tab4",
@@ -194,7 +194,7 @@ EXPERIMENTS = {
             cost={
                 "smoke": "half a minute",
                 "tiny": "2 min",
-                "small": "30 min on one core; needs SQuAD",
+                "small": "TAB8 min on one core; needs SQuAD",
                 "paper": "one GPU",
             },
             module="d2l.experiments.tab8",
@@ -206,7 +206,7 @@ EXPERIMENTS = {
             cost={
                 "smoke": "half a minute",
                 "tiny": "3 min",
-                "small": "30 min on one core; needs the public sets",
+                "small": "27 min on one core; needs the public sets",
                 "paper": "one GPU",
             },
             module="d2l.experiments.tab11",
