@@ -194,7 +194,7 @@ EXPERIMENTS = {
             cost={
                 "smoke": "half a minute",
                 "tiny": "2 min",
-                "small": "TAB8 min on one core; needs SQuAD",
+                "small": "19 min on one core; needs SQuAD",
                 "paper": "one GPU",
             },
             module="d2l.experiments.tab8",
