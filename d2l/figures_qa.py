@@ -127,7 +127,8 @@ def draw_tab11(
         left, right = figure.subplots(1, 2, sharey=True)
         shares = [(i, len(counts), n, f"{n} facts") for i, n in enumerate(counts)]
         for i, of, count, label in [*shares, (0, 1, 0, "public set")]:
-            rows = base[base["n_facts"] == count].groupby("set", sort=False).first()
+            rows = pd.DataFrame(base[base["n_facts"] == count])
+            rows = rows.groupby("set", sort=False).first()
             if rows.empty:
                 continue
             shade = (*COLOURS[1], 1 - 0.3 * i) if count else COLOURS[5]
