@@ -120,7 +120,9 @@ def measure(
         chosen, brief = methods(wanted, records), methods(short, records)
         picked = [k for k in chosen if only is None or k[0] in only]
         reference: dict[str, list[QaScore]] = {}
-        for series, part in tqdm(picked, desc=f"{n_facts} facts", unit="method"):
+        for series, part in tqdm(
+            picked, desc=wanted.eval.public or f"{n_facts} facts", unit="method"
+        ):
             if kept and (found := kept.find(n_facts, series, part)):
                 rows.append(found[0])
                 reference = reference or found[1]
