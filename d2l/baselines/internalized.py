@@ -12,6 +12,7 @@ from ..lm.base import render_chat
 from ..lora import ChunkLora, LoraBatch
 from ..meter import MIB, Meter
 from ..model import DocToLoRA
+from ..reading import EMPTY
 from ..routing import PART_TOK, Routed
 from .prompted import cut_middle
 from .setting import Method, Reply, Setting, reply_to
@@ -114,9 +115,10 @@ def _read_silently(
 @torch.no_grad()
 def _internalize(model: DocToLoRA, document: str, *, at_once: bool) -> LoraBatch:
     """Read a text; one that is too short for a chunk, as a question may be, is read as it is."""
+    if not document.strip():
+        raise ValueError(EMPTY)
     ids = render_chat(model.reader.tokenizer, document.strip())
-    short = document.strip() and len(ids) < model.chunk.min_tok
-    chunks = [ids] if short else model.chunks(document)
+    chunks = [ids] if len(ids) < model.chunk.min_tok else model.cut_whole(ids)
     if at_once:
         budget, model.tok_budget = model.tok_budget, sum(map(len, chunks))
         try:

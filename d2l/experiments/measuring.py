@@ -18,7 +18,7 @@ import d2l_kernels
 import pandas as pd
 from tqdm import tqdm
 
-from ..artifacts import QA_COLUMNS, versions
+from ..artifacts import QA_COLUMNS, describe_device, versions
 from ..baselines import Method, Reply, Setting
 from ..config import config_id
 from ..data.encyclopedia import LEXICONS
@@ -52,7 +52,7 @@ class Kept:
         """Return what ``folder`` keeps for a config, documents, and a model as it was loaded."""
         base = model.base
         made = f"{config_id(wanted)} {model.hypernet_id} {base.fingerprint} {base.device.type} "
-        made += f"{base.model.dtype} {records}"
+        made += f"{base.model.dtype} {describe_device()} {records}"
         return cls(folder / f"{hashlib.sha256(made.encode()).hexdigest()[:16]}.jsonl")
 
     def find(
@@ -83,8 +83,9 @@ def seconds_kept(folder: Path) -> float:
 
 def _code_id() -> str:
     digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
-    for path in sorted(p for folder in _SOURCES for p in folder.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for folder in _SOURCES:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -123,7 +124,8 @@ def measure(
         for series, part in tqdm(
             picked, desc=wanted.eval.public or f"{n_facts} facts", unit="method"
         ):
-            if kept and (found := kept.find(n_facts, series, part)):
+            found = kept.find(n_facts, series, part) if kept else None
+            if found and (reference or found[1]):
                 rows.append(found[0])
                 reference = reference or found[1]
                 continue

@@ -106,7 +106,7 @@ class QaExperiment:
         """Ask every method the same held-out questions; hand back table, figure and verdicts.
 
         Weights that ship are used, others are trained first; an interrupted training resumes, and
-        so does the asking, under ``build/rows``, unless the code has changed.  ``retrain`` trains
+        so does the asking until `QaRun.check`, unless the code has changed.  ``retrain`` trains
         all of them again.  Raises ValueError for a request that cannot be served
         and CannotRun where the scale needs a GPU or the hub.
         """

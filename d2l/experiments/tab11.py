@@ -44,7 +44,7 @@ TABLE = QaExperiment(
     sets=SETS,
     public={
         **{name: {**INVENTED, **changes} for name, changes in SETS.items() if name != "rivals"},
-        **PUBLIC,  # all documents of these scales have rivals
+        **PUBLIC,  # all documents of these scales are drawn with rivals
     },
     changes={
         "smoke": {"eval.n_facts": (4,)},
