@@ -109,11 +109,9 @@ def draw_tab11(
 ) -> Figure:
     """Draw the base's score of every set by number of facts, and how often *unknown* is said.
 
-    Public sets, which have 0 facts, get one bar.
-
-    Bars carry Wilson's 95 % intervals (no score between 0 and 1 varies more than a coin of its
-    mean; what several seeds are asked counts once).  ``paper`` is the paper's score of the set that
-    each of ours stands for.
+    Public sets, which have 0 facts, get one bar.  Bars carry Wilson's 95 % intervals (no score
+    between 0 and 1 varies more than a coin of its mean; what several seeds are asked counts once).
+    ``paper`` is the paper's score of the set that each of ours stands for.
     """
     sets = list(dict.fromkeys(table["set"]))
     counts = sorted(set(table["n_facts"]) - {0})
@@ -237,7 +235,7 @@ def draw_fig6(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Fi
 def draw_by_facts(table: pd.DataFrame, *, scale: str, title: str, metric: str) -> Figure:
     """Draw the metric over the number of facts, one line a method, single seeds faint.
 
-    Parts of one series are told apart by colour, the base and the controls keep their styles.
+    Parts of one series are told apart by colour, but for those of a wrong document.
     Public sets, which have 0 facts, stand right of the lines as single points.
     """
     named = table.assign(part=table["part"].fillna("").astype(str))

@@ -77,7 +77,7 @@ class Kept:
 
 
 def seconds_kept(folder: Path) -> float:
-    """Return how long it took to measure what ``folder`` keeps."""
+    """Return how many seconds it took to measure what ``folder`` keeps."""
     return sum(f["seconds"] for path in folder.glob("*.jsonl") for f in Kept(path)._found.values())
 
 
@@ -90,7 +90,7 @@ def _code_id() -> str:
 
 
 CODE_ID = _code_id()
-"""Digest of the sources as loaded, and of the versions that decide a number."""
+"""Digest of the sources when this module was imported, and of Python, torch and transformers."""
 
 
 def measure(
