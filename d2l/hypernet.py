@@ -13,11 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .config import HypernetConfig
-from .lora import ChunkLora, LoraBatch, compose
+from .lora import ChunkLora, Factors, LoraBatch, compose
 from .perceiver import Perceiver, RMSNorm
-
-_LEAST_PENALTY = 1e-2
-"""Below it float32 loses the inverse of 64 equal rows (`apart`)."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +117,8 @@ class Hypernet(nn.Module):
     multiplied by ``sigmoid(sqrt(d) w.u + b)``; this gate is not in the published system.  With
     ``config.d_copy`` the first half of what `CopyPath` reads adds to A and the second half to B,
     through heads of their own; with ``config.say_next`` the embedding that it reads, scaled to unit
-    norm and by a gain for each row, adds to B too.  With ``config.ridge`` A is set `apart` last, by
-    a penalty learned for each layer and module.
+    norm and by a gain for each row, adds to B too.  With ``config.ridge`` all rows of a document
+    are set apart (`d2l.ridge`), by a penalty learned for each layer and module.
 
     Raises ValueError for a target without layers or modules, and for ``say_next`` where features
     hold no next token or a target does not write into the residual stream.
@@ -129,7 +126,7 @@ class Hypernet(nn.Module):
 
     GATE_BIAS = 2.0
     RIDGE = 0.03
-    """Penalty of `apart` at the start."""
+    """Penalty of `d2l.ridge` at the start."""
 
     def __init__(self, config: HypernetConfig, targets: TargetShapes, d_model: int) -> None:
         super().__init__()
@@ -238,8 +235,6 @@ class Hypernet(nn.Module):
             if n_said:
                 own_B = own_B + F.normalize(said[:, :, i].to(own), dim=-1) * self.copy_gain[:, i]
             A[m] = own_A * self.scaler_A[m]
-            if self.config.ridge:
-                A[m] = apart(A[m], self.scaler_ridge[:, i].exp())
             B[m] = own_B * self.scaler_B[m]
             if gate is not None:
                 B[m] = B[m] * gate[:, :, i, :, None]
@@ -252,10 +247,26 @@ class Hypernet(nn.Module):
         read = [self.read(f, segments) if self.needs(i) else None for i, f in enumerate(features)]
         return self.generate(self.assemble(read))
 
+    @property
+    def penalties(self) -> Factors:
+        """Penalty on each layer's rows for each module; none without ``config.ridge``."""
+        if not self.config.ridge:
+            return {}
+        learned = self.scaler_ridge.exp()
+        return {m: learned[:, i] for i, m in enumerate(self.targets.modules)}
+
     def compose(
-        self, chunks: ChunkLora, n_chunks: Iterable[int], weights: Tensor | None = None
+        self,
+        chunks: ChunkLora,
+        n_chunks: Iterable[int],
+        weights: Tensor | None = None,
+        *,
+        apart: bool = False,
     ) -> LoraBatch:
-        """Join each document's chunks along the rank and append the bias once (spec section 4)."""
+        """Join each document's chunks along the rank and append the bias once (spec section 4).
+
+        ``apart`` says that ``config.ridge`` has been applied to these factors already.
+        """
         return compose(
             chunks,
             tuple(n_chunks),
@@ -264,27 +275,5 @@ class Hypernet(nn.Module):
             bias=(dict(self.bias_A), dict(self.bias_B)) if self.config.use_bias else None,
             weights=weights,
             dropout=self.config.lora.dropout,
+            penalties={} if apart else self.penalties,
         )
-
-
-def apart(
-    A: Float[Tensor, "chunk layer r d_in"], penalty: Float[Tensor, " layer"]
-) -> Float[Tensor, "chunk layer r d_in"]:
-    """Set a chunk's rows apart: ``s (1 + penalty) (A A^T + penalty s I)^-1 A``.
-
-    ``s`` is the rows' mean square norm.  With rows A as given an input that matches one also wakes
-    all that are like it, and what they say adds up.  Set apart, ``B^T A`` is (up to ``s (1 +
-    penalty)``) the ridge regression of the rows of B on those of A: it says each row's words to
-    that row's input and as little as it can to the others'.  Rows of equal norm that are orthogonal
-    stay as they are; of n equal rows each becomes about an n-th.  A is float32 or float64; a
-    penalty below .01 counts as that, since float32 cannot tell equal rows apart then.  Ours, after
-    the least-squares updates of ROME and MEMIT (arXiv 2210.07229).
-    """
-    with torch.autocast(A.device.type, enabled=False):
-        gram = A @ A.mT
-        size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        gram = gram / size.clamp_min(torch.finfo(A.dtype).tiny)
-        penalty = penalty.to(A).clamp_min(_LEAST_PENALTY)[:, None, None]
-        eye = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
-        inverse, _ = torch.linalg.inv_ex(gram + penalty * eye)
-        return (1 + penalty) * (inverse @ A)

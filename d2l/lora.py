@@ -19,6 +19,8 @@ from d2l_kernels import Segments, segmented_lora
 from jaxtyping import Float
 from torch import Tensor
 
+from .ridge import apart_by_document
+
 Factors = dict[str, Tensor]
 Delta = Callable[[int, str, Tensor], Tensor | None]
 
@@ -40,7 +42,8 @@ class ChunkLora:
         """Join chunks of several parts: chunk k of part g for every ``(g, k)``, in one copy."""
 
         def gather(factors: Sequence[Factors]) -> Factors:
-            return {m: torch.cat([factors[g][m][k : k + 1] for g, k in where]) for m in factors[0]}
+            rows = {m: [f[m].unbind() for f in factors] for m in factors[0]}
+            return {m: torch.stack([of[g][k] for g, k in where]) for m, of in rows.items()}
 
         return ChunkLora(gather([p.A for p in parts]), gather([p.B for p in parts]))
 
@@ -134,11 +137,14 @@ def compose(
     bias: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
     weights: Float[Tensor, " chunk"] | None = None,
     dropout: float = 0.0,
+    penalties: Mapping[str, Float[Tensor, " layer"]] | None = None,
 ) -> LoraBatch:
     """Concatenate each document's chunks along the rank, in order, and append the bias once.
 
     ``delta W = multiplier * (sum_c w_c B_c^T A_c + bias_B^T bias_A)``; ``weights`` scales B, so it
-    is linear in delta W (a chunk that occurs w times has weight w).
+    is linear in delta W (a chunk that occurs w times has weight w).  With ``penalties``, of each
+    layer for each module, all rows of a document are set apart first (`d2l.ridge`); weights must
+    not be negative then.
 
     Raises ValueError when ``n_chunks`` does not add up or a document has no chunk.
     """
@@ -146,6 +152,12 @@ def compose(
         raise ValueError(
             f"n_chunks {tuple(n_chunks)} must be >= 1 each and add up to {chunks.n_chunks}"
         )
+    if penalties:
+        some = next(iter(chunks.A.values()))
+        times = some.new_ones(chunks.n_chunks) if weights is None else weights.to(some)
+        chunks, weights = chunks.map(lambda t: t * times.sqrt()[:, None, None, None]), None
+        A = {m: apart_by_document(t, penalties[m], n_chunks, times) for m, t in chunks.A.items()}
+        chunks = ChunkLora(A, chunks.B)
 
     def join(factors: Factors, extra: Mapping[str, Tensor] | None, w: Tensor | None) -> Factors:
         out = {}

@@ -230,7 +230,7 @@ class DocToLoRA:
 
     def adapter_of(self, factors: ChunkLora, source: Source) -> Adapter:
         """Make the adapter of one document from its chunks' factors; the bias comes last."""
-        lora = self.hypernet.compose(factors, [factors.n_chunks])
+        lora = self.hypernet.compose(factors, [factors.n_chunks], apart=source.folded)
         targets = self.hypernet.targets
         return Adapter(
             lora.A,

@@ -21,6 +21,7 @@ from .chunking import cut, fewest_chunks
 from .documents import read
 from .lm.chat import blocks_of, chat_affixes, stream_chat
 from .lora import ChunkLora, Factors
+from .ridge import sum_apart
 
 if TYPE_CHECKING:
     from .model import DocToLoRA
@@ -49,6 +50,7 @@ class Reading:
         self._tok: list[int] = []
         self._parts: list[ChunkLora] = []
         self._dense: Factors = {}
+        self._grams: Factors = {}
         targets = model.hypernet.targets
         self._full_rank = max(min(targets.d_in[m], targets.d_out[m]) for m in targets.modules)
         self._warn(0, self.total_chunks or 0)
@@ -64,7 +66,8 @@ class Reading:
                 self._parts.append(self.model.encode(chunks))
                 held = sum(p.n_chunks for p in self._parts)
                 if held * self.model.config.lora.rank > self._full_rank:
-                    self._dense, self._parts = self._sum(), []
+                    self._dense, self._grams = self._sum()
+                    self._parts = []
             self._tok += map(len, chunks)
             if self.total_chunks is None:
                 self._warn(self.n_chunks - len(chunks), self.n_chunks)
@@ -87,7 +90,11 @@ class Reading:
         where = [(g, k) for g, part in enumerate(self._parts) for k in range(part.n_chunks)]
         with torch.no_grad():
             if self._dense:
-                factors = _full_rank_factors(self._sum(), self._full_rank)
+                total, grams = self._sum()
+                for m, penalty in self.model.hypernet.penalties.items():
+                    n_rows = self.n_chunks * self.model.config.lora.rank
+                    total[m] = sum_apart(total[m], grams[m], penalty, n_rows)
+                factors = _full_rank_factors(total, self._full_rank)
                 factors = factors.map(lambda t: t.to(self.model.base.model.dtype))
             else:
                 factors = ChunkLora.pick(self._parts, where)
@@ -96,14 +103,19 @@ class Reading:
             source = Source(self._sha256, title, tuple(self._tok), rows, folded=folded)
             return self.model.adapter_of(factors, source)
 
-    def _sum(self) -> Factors:
-        """Sum all chunks into one matrix per linear: nothing is lost, and memory stops growing."""
-        total = dict(self._dense)
+    def _sum(self) -> tuple[Factors, Factors]:
+        """Sum all chunks into one matrix per linear: nothing is lost, and memory stops growing.
+
+        To set rows apart (`ridge.sum_apart`) the sum of ``A^T A`` is needed, too.
+        """
+        total, grams = dict(self._dense), dict(self._grams)
         for part in self._parts:
-            for m, A in part.A.items():
-                W = torch.einsum("clro,clri->loi", part.B[m].float(), A.float())
-                total[m] = total[m] + W if m in total else W
-        return total
+            for m, t in part.A.items():
+                A, B = t.float(), part.B[m].float()
+                total[m] = total.get(m, 0) + torch.einsum("clro,clri->loi", B, A)
+                if m in self.model.hypernet.penalties:
+                    grams[m] = grams.get(m, 0) + torch.einsum("clro,clri->loi", A, A)
+        return total, grams
 
     def _warn(self, before: int, now: int) -> None:
         trained = self.model.trained_chunks

@@ -51,7 +51,7 @@ EXPERIMENTS_ONLY = RESULTS | {
 INTERFACES = {"cli", "widgets", "__main__", "documents", "compare", "lm.smollm2", "lm.wheels"}
 FLOORS = (
     {"config", "types", "lm", "home", "intervals", "documents", "qa_metrics", "meter"},
-    {"hypernet", "perceiver", "lora", "chunking", "adapter", "export"},
+    {"hypernet", "perceiver", "lora", "ridge", "chunking", "adapter", "export"},
     {"model", "reading", "losses", "data", "checkpoint", "published", "pretrained", "muon"}
     | {"routing"},
     {"train", "evaluate", "baselines", "bench", "tiny_training", "store", "compare"}
@@ -82,7 +82,7 @@ CONFINED = {
 KERNELS_USE = {"d2l_kernels", "torch", "jaxtyping", "triton", "flash_attn"}
 
 EXPERIMENT = re.compile(r"d2l\.experiments\.((?:fig|tab)\w+)")
-MAX_MODULE, MAX_EXPERIMENT, MAX_CORE, MAX_KERNELS, MAX_INTERFACES = 400, 120, 4000, 2000, 1250
+MAX_MODULE, MAX_EXPERIMENT, MAX_CORE, MAX_KERNELS, MAX_INTERFACES = 400, 120, 4100, 2000, 1250
 MAX_CELLS, MAX_CELL_LINES = 8, 60
 PAGES_USE = ("__init__", "experiments", "compare", "widgets")
 MACHINE_PATH = re.compile(rb"(?<![\w.~/-])/(?:root|work|farm|home/\w+|Users/\w+)/[\w.]")

@@ -3,14 +3,14 @@
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 from d2l_kernels import Segments
 from tiny_models import SMALL, adapters, doc_to_lora, hypernet_config, language_model
 
 from d2l.config import LoraConfig
-from d2l.hypernet import CopyPath, Hypernet, TargetShapes, apart
+from d2l.hypernet import CopyPath, Hypernet, TargetShapes
+from d2l.ridge import apart
 
 TARGETS = TargetShapes(
     (0, 1, 2), {"down_proj": 40, "up_proj": 30}, {"down_proj": 30, "up_proj": 50}
@@ -272,63 +272,27 @@ def test_a_projection_without_hidden_units_is_one_matrix():
     torch.testing.assert_close(projection(x), x @ projection.weight.T)
 
 
-@pytest.mark.parametrize("n_rows", [1, 3, 12])
-def test_rows_set_apart_are_a_ridge_regression(n_rows):
-    """Of what rows say on what wakes them, as least squares with penalised weights finds it."""
-    rng = np.random.default_rng(0)
-    A = rng.normal(size=(2, 3, n_rows, 9)) + 2 * rng.normal(size=(2, 3, 1, 9))
-    B = rng.normal(size=(2, 3, n_rows, 5))
-    penalty = np.array([0.02, 0.3, 2.0])
-    found = apart(torch.tensor(A), torch.tensor(penalty)).numpy()
-    for chunk in range(2):
-        for layer in range(3):
-            a, b, lam = A[chunk, layer], B[chunk, layer], penalty[layer]
-            size = (a**2).sum(-1).mean()
-            rows = np.concatenate([a, math.sqrt(lam * size) * np.eye(9)])
-            said = np.concatenate([b, np.zeros((9, 5))])
-            ridge = np.linalg.lstsq(rows, said, rcond=None)[0]
-            delta = found[chunk, layer].T @ b / (size * (1 + lam))
-            np.testing.assert_allclose(delta, ridge, rtol=1e-9, atol=1e-12)
-
-
-def test_rows_apart_stay_and_equal_rows_share():
-    lone = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0][None, None]
-    penalty = torch.tensor([0.1], dtype=torch.float64)
-    torch.testing.assert_close(apart(lone[:, :, :4] * 3, penalty), lone[:, :, :4] * 3)
-    twice = lone[:, :, :1].expand(-1, -1, 2, -1) * 3
-    torch.testing.assert_close(apart(twice, penalty), twice * 1.1 / 2.1)
-
-
-def test_equal_rows_are_told_apart_in_float32_whatever_the_penalty():
-    torch.manual_seed(0)
-    A = torch.randn(1, 1, 1, 50).expand(-1, -1, 64, -1)
-    found = apart(A, torch.tensor([1e-9]))
-    torch.testing.assert_close(found, A * 1.01 / 64.01, rtol=0.05, atol=2e-3)
-
-
-def test_rows_of_zeros_stay_zeros_with_finite_gradients():
-    A = torch.zeros(1, 2, 3, 4, requires_grad=True)
-    found = apart(A, torch.full((2,), 0.03))
-    found.square().sum().backward()
-    assert not found.any()
-    assert A.grad is not None
-    assert A.grad.isfinite().all()
-
-
-def test_ridge_sets_a_chunks_rows_apart_last_in_float32_and_learns_the_penalty():
+def test_ridge_sets_a_documents_rows_apart_in_float32_and_learns_the_penalty():
     built, features, segments = saying()
-    before = built([features], segments)
     config = dataclasses.replace(built.config, ridge=True)
     other = Hypernet(config, built.targets, 16)
     missing = other.load_state_dict(built.state_dict(), strict=False).missing_keys
     assert missing == ["scaler_ridge"]
-    after = other([features], segments)
-    expected = apart(before.A["down_proj"].double(), torch.full((3,), Hypernet.RIDGE).double())
-    torch.testing.assert_close(after.A["down_proj"].double(), expected, rtol=1e-3, atol=1e-4)
+    n = len(segments)
+    before, after = (h.compose(h([features], segments), [n]) for h in (built, other))
+    rows = n * built.config.lora.rank
+    given = before.A["down_proj"][:, :rows]
+    expected = apart(given.double(), torch.full((3,), Hypernet.RIDGE).double())
+    torch.testing.assert_close(
+        after.A["down_proj"][:, :rows].double(), expected, rtol=1e-3, atol=1e-4
+    )
+    torch.testing.assert_close(after.A["down_proj"][:, rows:], before.A["down_proj"][:, rows:])
     torch.testing.assert_close(after.B["down_proj"], before.B["down_proj"])
     with torch.autocast("cpu", torch.bfloat16):
-        half = other([features], segments).A["down_proj"]
+        half = other.compose(other([features], segments), [n]).A["down_proj"]
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, after.A["down_proj"], rtol=0.2, atol=0.2)
     after.A["down_proj"].square().sum().backward()
     assert other.scaler_ridge.grad.abs().min() > 0
+    done = other.compose(other([features], segments), [n], apart=True)
+    torch.testing.assert_close(done.A["down_proj"], before.A["down_proj"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from d2l_kernels import Segments
+from ridge_reference import regressed
 from tiny_models import adapters, chunks, doc_to_lora, language_model
 
 from d2l.lm.hooks import applied, decoder_of, linears_of
@@ -34,6 +35,30 @@ def bias(seed=9):
         }
         for d in (D_IN, D_OUT)
     )
+
+
+@pytest.mark.parametrize("times", [None, [1.0, 3.0, 1.0, 2.0]])
+def test_all_rows_of_a_document_and_no_others_are_set_apart_together(times):
+    """Chunks that occur several times are as many equal ones; the bias comes on top."""
+    parts, learned = chunk_lora(4), bias()
+    penalties = {
+        m: torch.tensor(p, dtype=torch.float64)
+        for m, p in {"down_proj": [0.02, 0.3], "o_proj": [2.0, 0.1]}.items()
+    }
+    weights = None if times is None else torch.tensor(times)
+    loras = compose(
+        parts, [1, 3], layers=(0, 1), multiplier=2.0, bias=learned, weights=weights,
+        penalties=penalties,
+    )  # fmt: skip
+    copies = [int(n) for n in times or [1] * 4]
+    for doc, chunks_of in enumerate(([0], [1, 2, 3])):
+        rows = [c for c in chunks_of for _ in range(copies[c])]
+        for layer, m in itertools.product(range(LAYERS), penalties):
+            A, B = (torch.cat([f[m][c, layer] for c in rows]) for f in (parts.A, parts.B))
+            said = regressed(A.numpy(), B.numpy(), penalties[m][layer].item())
+            always = learned[1][m][layer].mT @ learned[0][m][layer]
+            found = loras.delta_W(doc, layer, m)
+            torch.testing.assert_close(found, 2 * (torch.tensor(said) + always))
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

@@ -19,9 +19,9 @@ from d2l.reading import sha256_of
 MODULES = ("down_proj", "q_proj")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return doc_to_lora(speaking(), target_modules=MODULES)
+@pytest.fixture(scope="module", params=[False, True], ids=["sums", "ridge"])
+def model(request):
+    return doc_to_lora(speaking(), target_modules=MODULES, ridge=request.param)
 
 
 def prose(n_words, seed=0):
@@ -194,7 +194,7 @@ def test_the_memory_of_a_stream_does_not_grow(model):
         tracemalloc.start()
         for _ in reading:
             held = [t for p in reading._parts for t in (*p.A.values(), *p.B.values())]
-            held += reading._dense.values()
+            held += [*reading._dense.values(), *reading._grams.values()]
             sizes.append(sum(t.nbytes for t in held))
         python = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
