@@ -275,5 +275,5 @@ class Hypernet(nn.Module):
             bias=(dict(self.bias_A), dict(self.bias_B)) if self.config.use_bias else None,
             weights=weights,
             dropout=self.config.lora.dropout,
-            penalties={} if apart else self.penalties,
+            penalties=None if apart else self.penalties,
         )

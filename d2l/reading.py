@@ -113,7 +113,7 @@ class Reading:
             for m, t in part.A.items():
                 A, B = t.float(), part.B[m].float()
                 total[m] = total.get(m, 0) + torch.einsum("clro,clri->loi", B, A)
-                if m in self.model.hypernet.penalties:
+                if self.model.config.ridge:
                     grams[m] = grams.get(m, 0) + torch.einsum("clro,clri->loi", A, A)
         return total, grams
 

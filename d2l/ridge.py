@@ -60,7 +60,10 @@ def sum_apart(
     penalty: Float[Tensor, " layer"],
     n_rows: int,
 ) -> Float[Tensor, "layer d_out d_in"]:
-    """Return ``B^T apart(A)`` where only sums over the rows are held, ``B^T A`` and ``A^T A``."""
+    """Return ``B^T apart(A)`` where only sums over ``n_rows`` rows are held.
+
+    ``W`` is ``B^T A``, ``gram`` is ``A^T A``; both float32 or float64.
+    """
     gram, penalty = _scaled(gram, penalty, n_rows)
     solved, _ = torch.linalg.solve_ex(gram, W.mT)
     return (1 + penalty) * solved.mT
