@@ -59,15 +59,12 @@ def cut(
 
 
 @functools.lru_cache(8)
-def ends_of(tokenizer: Any, config: ChunkConfig) -> Ends | None:
-    """Return what tells that a piece of ``min_tok`` tokens or more ends with a sentence.
+def ends_of(tokenizer: Any, least: int) -> Ends:
+    """Return what tells that a piece of ``least`` tokens or more ends with a sentence.
 
     That is, after a full stop, question or exclamation mark that white space follows and then no
-    small letter, and before a new line.  White space is seen where tokens spell it (byte-level
-    and SentencePiece tokenizers).  None without ``config.sentences``.
+    small letter, and before a new line.  It is seen where tokens spell it (byte-level and others).
     """
-    if not config.sentences:
-        return None
 
     @functools.cache
     def text(i: int) -> str:
@@ -75,23 +72,10 @@ def ends_of(tokenizer: Any, config: ChunkConfig) -> Ends | None:
         return tokenizer.decode([i]) if token[:1] not in "ĠĊ▁" else f" {tokenizer.decode([i])}"
 
     return lambda piece, i: (
-        len(piece) >= config.min_tok
+        len(piece) >= least
         and bool(_OPENS.match(text(i)))
         and bool(_CLOSES.search("".join(map(text, piece[-3:]))))
     )
-
-
-def pieces_of(
-    ids: Ids, config: ChunkConfig, prefix: Ids, suffix: Ids, ends: Ends | None
-) -> list[list[int]]:
-    """Cut a whole document as outside training: at ``ends``, or into the fewest equal pieces.
-
-    Raises ValueError for a document shorter than ``min_tok``.
-    """
-    fewest = fewest_chunks(len(ids), config)
-    if ends:
-        return list(cut([ids], config.max_tok, prefix, suffix, ends))
-    return split(ids, fewest, prefix, suffix)
 
 
 def fewest_chunks(n_tok: int, config: ChunkConfig) -> int:

@@ -84,7 +84,8 @@ class HypernetConfig:
     ours too: the width of a path by which every rank row reads one place of the text directly (see
     `hypernet.CopyPath`); 0 leaves it out.  With ``say_next`` what it reads is also said as it is.
     With ``ridge``, ours as well, a document's rows that are alike do not speak together
-    (`d2l.ridge`).  ``mlp_dropout`` acts in training, before both matrices of the pre-head MLPs.
+    (`d2l.ridge`), by a penalty that training starts from ``ridge_start``.  ``mlp_dropout`` acts in
+    training, before both matrices of the pre-head MLPs.
     """
 
     encoder: EncoderConfig = EncoderConfig()
@@ -97,6 +98,7 @@ class HypernetConfig:
     d_copy: int = 0
     say_next: bool = False
     ridge: bool = False
+    ridge_start: float = 0.03
     mlp_dropout: float = 0.0
 
 
@@ -104,8 +106,8 @@ class HypernetConfig:
 class ChunkConfig:
     """How a templated document is cut (spec section 9).
 
-    With ``sentences``, which is ours, a chunk ends with the first sentence that ends at its
-    ``min_tok`` tokens or later, and at ``max_tok`` where none does.
+    With ``sentences``, which is ours, the encoder reads a chunk as ever, but each of its sentences
+    has an adapter of its own, as if it were a chunk; one shorter than ``min_tok`` joins the next.
     """
 
     max_tok: int = 512

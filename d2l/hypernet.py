@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .config import HypernetConfig
 from .lora import ChunkLora, Factors, LoraBatch, compose
 from .perceiver import Perceiver, RMSNorm
+from .ridge import LEAST_PENALTY
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,6 @@ class Hypernet(nn.Module):
     """
 
     GATE_BIAS = 2.0
-    RIDGE = 0.03
-    """Penalty of `d2l.ridge` at the start."""
 
     def __init__(self, config: HypernetConfig, targets: TargetShapes, d_model: int) -> None:
         super().__init__()
@@ -171,7 +170,8 @@ class Hypernet(nn.Module):
             if config.say_next:
                 self.copy_gain = nn.Parameter(torch.ones(L, M, r, 1))
         if config.ridge:
-            self.scaler_ridge = nn.Parameter(torch.full((L, M), math.log(self.RIDGE)))
+            penalty = torch.full((L, M), max(config.ridge_start, LEAST_PENALTY))
+            self.scaler_ridge = nn.Parameter(penalty.log())
 
     def read(
         self, features: Float[Tensor, "tok d_model"], segments: Segments

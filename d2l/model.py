@@ -7,6 +7,8 @@ them.  Adapters travel with the call: nothing about a document stays in the mode
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from d2l_kernels import Segments
 from torch import Tensor
 
 from .adapter import Adapter, Source
-from .chunking import Ends, ends_of, group_by_length, pieces_of, unique
+from .chunking import Ends, cut, ends_of, fewest_chunks, group_by_length, split, unique
 from .config import ChunkConfig, HypernetConfig
 from .hypernet import Hypernet, TargetShapes
 from .lm.base import LanguageModel, chat_affixes, render_chat
@@ -33,6 +35,8 @@ Adapters = Adapter | Sequence[Adapter | None] | None
 
 _READ_PER_RUN = 4
 """Tokens of a group that the Perceiver may read for each that the encoder runs, chunks alike."""
+_FULL = 0.75
+"""Share of its most tokens from which a chunk ends with a sentence, where sentences are read."""
 
 
 def target_shapes(base: LanguageModel, config: HypernetConfig) -> TargetShapes:
@@ -66,8 +70,8 @@ class DocToLoRA:
     ``encoder_base`` is another frozen model to read with; by default the base reads for itself.
     ``tok_budget`` bounds the tokens encoded at once, and with it the memory of reading; of chunks
     that begin alike up to 4 times as many are read from what is encoded.
-    ``trained_chunks`` is the most chunks that the hypernetwork was trained to compose, None where
-    that is unknown; more of them are warned about.
+    ``trained_chunks`` is the most chunks (sentences, where these are read apart) that the
+    hypernetwork was trained to compose, None where that is unknown; more are warned about.
 
     Any number of threads may use one model: an adapter acts inside the call that it is given to.
     """
@@ -136,15 +140,26 @@ class DocToLoRA:
 
     def cut_whole(self, ids: Sequence[int]) -> list[list[int]]:
         """Cut a document that is templated and tokenised; raises ValueError for a short one."""
-        return pieces_of(ids, self.chunk, *chat_affixes(self.reader.tokenizer), self.ends)
+        fewest, affixes = fewest_chunks(len(ids), self.chunk), chat_affixes(self.reader.tokenizer)
+        if self.ends and fewest > 1:
+            return list(cut([ids], self.chunk.max_tok, *affixes, self.ends))
+        return split(ids, fewest, *affixes)
 
     @property
     def ends(self) -> Ends | None:
         """What tells where a chunk ends sooner than at full length, if anything does."""
-        return ends_of(self.reader.tokenizer, self.chunk)
+        least = math.ceil(_FULL * self.chunk.max_tok)
+        return ends_of(self.reader.tokenizer, least) if self.chunk.sentences else None
+
+    def sentences(self, chunk: Sequence[int]) -> list[list[int]]:
+        """List the parts of a chunk that have adapters of their own: itself, or its sentences."""
+        if not self.chunk.sentences:
+            return [[*chunk]]
+        ends = ends_of(self.reader.tokenizer, self.chunk.min_tok)
+        return list(cut([chunk], len(chunk), (), (), ends))
 
     def encode(self, chunks: Sequence[Sequence[int]], *, dedupe: bool = True) -> ChunkLora:
-        """Compute the factors of every chunk; equal chunks are encoded once unless told not to."""
+        """Compute factors of all chunks' `sentences`; equal chunks are encoded once by default."""
         distinct, where = unique(chunks) if dedupe else (chunks, list(range(len(chunks))))
         longest = max(map(len, distinct))
         most = min(2 * longest, max(longest, self.tok_budget))
@@ -154,31 +169,31 @@ class DocToLoRA:
         sizes = [max(n_tok, n_read // _READ_PER_RUN) for n_tok, n_read, _ in rows]
         groups = [[rows[r][2] for r in group] for group in group_by_length(sizes, self.tok_budget)]
         parts = [self._encode_group([[distinct[i] for i in row] for row in g]) for g in groups]
-        listed = [[i for row in group for i in row] for group in groups]
-        at = {i: (g, k) for g, group in enumerate(listed) for k, i in enumerate(group)}
-        return ChunkLora.pick(parts, [at[i] for i in where])
+        at: dict[int, list[tuple[int, int]]] = {}
+        for g, group in enumerate(groups):
+            place = itertools.count()
+            for i in itertools.chain(*group):
+                at[i] = [(g, next(place)) for _ in self.sentences(distinct[i])]
+        return ChunkLora.pick(parts, [one for i in where for one in at[i]])
 
     def _encode_group(self, rows: Sequence[Sequence[Sequence[int]]]) -> ChunkLora:
         tensors = [torch.tensor(c) for row in rows for c in row]
         read: list[Tensor | None] = []
-        segments = Segments.of(map(len, tensors))
+        segments = Segments.of(len(s) for row in rows for c in row for s in self.sentences(c))
         per_row = [len(row) for row in rows]
+
+        def keep(feature: Tensor) -> None:  # nothing of layers that are not adapted
+            needed = self.hypernet.needs(len(read))
+            read.append(self.hypernet.read(feature, segments) if needed else None)
+
         dtype = self.reader.model.dtype
         half = dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.base.device.type, dtype if half else torch.bfloat16, enabled=half):
-            self.encoder(
-                tensors,
-                lambda f: read.append(self._read(f, segments, len(read))),
-                per_row=per_row,
-            )
+            self.encoder(tensors, keep, per_row=per_row)
             factors = self.hypernet.generate(self.hypernet.assemble(read))
         if torch.is_grad_enabled():
             return factors
         return factors.map(lambda t: t.to(self.base.model.dtype))
-
-    def _read(self, feature: Tensor, segments: Segments, index: int) -> Tensor | None:
-        """Read one feature of the encoder; those of layers that are not adapted are passed by."""
-        return self.hypernet.read(feature, segments) if self.hypernet.needs(index) else None
 
     def read(
         self, document: Document, *, title: str | None = None, chunks_at_once: int | None = None
@@ -186,11 +201,11 @@ class DocToLoRA:
         """Open a document for reading: iterate over the result, and use its adapter meanwhile.
 
         A document is a text, a `pathlib.Path`, token ids of a text, or an iterator of texts.
-        A text is templated, cut into the fewest chunks of equal length, and each chunk gets the
-        template's affixes; special tokens spelled out in it stay plain text.  An iterator (and a
-        text or file beyond a million characters) is read as it comes, in chunks of full length:
-        once the chunks' rank reaches that of a full matrix they are summed, exactly, so memory
-        does not grow with the document.
+        A text is templated, cut into the fewest chunks of equal length (with
+        `ChunkConfig.sentences` where sentences end), and each chunk gets the template's affixes;
+        special tokens spelled out in it stay plain text.  An iterator (and a text or file beyond a
+        million characters) is read as it comes, in chunks of full length: once their rank reaches
+        that of a full matrix they are summed, exactly, and memory does not grow with the document.
 
         ``title`` names the document in its adapter; by default the file's name or the first line.
         ``chunks_at_once`` sets the step, by default as many as ``tok_budget`` takes.
@@ -217,15 +232,16 @@ class DocToLoRA:
         """
         self.refuse_if_merged()
         texts = list(documents)
-        cut = [self.chunks(text) for text in texts]
-        factors = self.encode([chunk for doc in cut for chunk in doc], dedupe=dedupe)
+        listed = [self.chunks(text) for text in texts]
+        factors = self.encode([chunk for doc in listed for chunk in doc], dedupe=dedupe)
         made, start = [], 0
-        for text, chunks in zip(texts, cut, strict=True):
-            own = factors.take(torch.arange(start, start + len(chunks)))
-            rows = len(chunks) * self.config.lora.rank
-            source = Source(sha256_of(text), title_of(text), tuple(map(len, chunks)), rows)
+        for text, chunks in zip(texts, listed, strict=True):
+            n_tok = tuple(len(s) for chunk in chunks for s in self.sentences(chunk))
+            own = factors.take(torch.arange(start, start + len(n_tok)))
+            rows = len(n_tok) * self.config.lora.rank
+            source = Source(sha256_of(text), title_of(text), n_tok, rows)
             made.append(self.adapter_of(own, source))
-            start += len(chunks)
+            start += len(n_tok)
         return made
 
     def adapter_of(self, factors: ChunkLora, source: Source) -> Adapter:

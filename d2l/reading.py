@@ -36,7 +36,8 @@ class Reading:
     """A document on its way into an adapter; `DocToLoRA.read` makes one.
 
     Iterating reads on and yields the number of tokens read; `adapter` is what has been read so far.
-    ``n_chunks`` counts the chunks read, ``total_chunks`` what there is (None for a stream).
+    ``n_chunks`` counts the chunks read, ``total_chunks`` what there is (None for a stream); where
+    sentences are read apart (`d2l.config.ChunkConfig`) they are what is counted.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Reading:
                 if held * self.model.config.lora.rank > self._full_rank:
                     self._dense, self._grams = self._sum()
                     self._parts = []
-            self._tok += map(len, chunks)
+            before = self.n_chunks
+            self._tok += (len(s) for chunk in chunks for s in self.model.sentences(chunk))
             if self.total_chunks is None:
-                self._warn(self.n_chunks - len(chunks), self.n_chunks)
+                self._warn(before, self.n_chunks)
             yield sum(self._tok)
 
     def finish(self) -> Adapter:
@@ -120,9 +122,11 @@ class Reading:
     def _warn(self, before: int, now: int) -> None:
         trained = self.model.trained_chunks
         if trained is not None and before <= trained < now:
+            config = self.model.chunk
+            what = "sentences" if config.sentences else f"chunks of {config.max_tok} tokens"
             warnings.warn(
-                f"the document has more than the {trained} chunks of {self.model.chunk.max_tok} "
-                "tokens that this hypernetwork was trained to compose: answers may be wrong",
+                f"the document has more than the {trained} {what} "
+                "that this hypernetwork was trained to compose: answers may be wrong",
                 UserWarning,
                 stacklevel=3,
             )
@@ -145,7 +149,8 @@ class Reading:
                 "a document is a text, a pathlib.Path, a list of token ids or an iterator of "
                 f"texts, not a {type(document).__name__}; internalize_batch takes several documents"
             )
-        self._sha256, self.total_chunks = sha256_of(document), len(chunks)
+        self._sha256 = sha256_of(document)
+        self.total_chunks = sum(len(self.model.sentences(chunk)) for chunk in chunks)
         return iter(chunks)
 
     def _chunks_of_ids(self, ids: Sequence[int]) -> list[list[int]]:

@@ -111,6 +111,7 @@ class Objective(nn.Module):
         """Encode the distinct chunks once and compose every document's adapter."""
         model: DocToLoRA = self.__dict__["model"]
         distinct: ChunkLora = model.encode(batch.distinct)
+        batch = batch.read([len(model.sentences(chunk)) for chunk in batch.distinct])
         device = model.base.device
         factors = distinct.take(torch.tensor(batch.chunk_of, device=device))
         weights = torch.tensor(batch.weights, device=device)

@@ -117,7 +117,7 @@ class DocumentChat(w.VBox):
         parts = [range(n)[i : i + size] for i in range(0, n, size)]
         moved = compare.influence(self.model, question, answer, adapter, parts)
         top = max(range(len(moved)), key=moved.__getitem__)
-        chunks = self.model.chunks(self.text)
+        chunks = [s for c in self.model.chunks(self.text) for s in self.model.sentences(c)]
         excerpts = [
             self.model.reader.tokenizer.decode(
                 [i for c in part for i in chunks[c]], skip_special_tokens=True

@@ -127,8 +127,9 @@ def _internalize(model: DocToLoRA, document: str, *, at_once: bool) -> LoraBatch
             model.tok_budget = budget
     else:
         parts = [model.encode([chunk]) for chunk in chunks]
-        factors = ChunkLora.pick(parts, [(i, 0) for i in range(len(parts))])
-    loras = model.hypernet.compose(factors, [len(chunks)])
+        where = [(i, k) for i, part in enumerate(parts) for k in range(part.n_chunks)]
+        factors = ChunkLora.pick(parts, where)
+    loras = model.hypernet.compose(factors, [factors.n_chunks])
     return loras.map(lambda t: t.to(model.base.model.dtype))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from ..chunking import unique
 
@@ -66,4 +67,22 @@ class Batch:
             n_chunks=[len(e.chunks) for e in examples],
             queries=[q for e in examples for q in e.queries],
             queries_per_doc=[len(e.queries) for e in examples],
+        )
+
+    def read(self, n_read: Sequence[int]) -> Batch:
+        """Return what it is when distinct chunk i counts as ``n_read[i]`` chunks, one by one.
+
+        >>> batch = Batch([[1, 2], [3]], [1, 0], [1.0, 2.0], [2], [], [0])
+        >>> split = batch.read([2, 1])
+        >>> split.chunk_of, split.weights, split.n_chunks
+        ([2, 0, 1], [1.0, 2.0, 2.0], [3])
+        """
+        starts = [0, *accumulate(n_read)]
+        counts = [n_read[i] for i in self.chunk_of]
+        ends = list(accumulate(self.n_chunks))
+        return replace(
+            self,
+            chunk_of=[j for i in self.chunk_of for j in range(starts[i], starts[i + 1])],
+            weights=[w for w, n in zip(self.weights, counts, strict=True) for _ in range(n)],
+            n_chunks=[sum(counts[e - n : e]) for e, n in zip(ends, self.n_chunks, strict=True)],
         )

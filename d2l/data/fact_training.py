@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Literal
 
-from ..chunking import ends_of, pieces_of, sample_chunks, split
+from ..chunking import fewest_chunks, sample_chunks, split
 from ..config import ChunkConfig
 from ..lm.base import chat_affixes, render_chat
 from .articles import articles, asked_articles
@@ -39,6 +39,8 @@ asked about in their own words (`articles`), or with questions that a base wrote
 class FactStream:
     """What the stream holds: documents of one fact at level 0, of up to ``max_facts`` at level 1.
 
+    A share ``full`` of them has the most facts that the level allows, the others any number.
+
     ``kinds`` take turns in every second document once the level is above a half; before, and in the
     other documents, questions recall single facts.  ``cut_share`` of the documents are cut into
     several chunks when ``cut_share`` is above 0 (stage 2 of the paper's training).  ``mix`` gives
@@ -50,6 +52,7 @@ class FactStream:
 
     vocabulary: str = "open"
     max_facts: int = 8
+    full: float = 0.5
     queries_per_doc: int = 2
     kinds: tuple[str, ...] = ("recall",)
     values: tuple[str, ...] = ("words", "phrases", "numbers", "names")
@@ -91,8 +94,8 @@ class FactTraining:
     def __init__(self, tokenizer: Any, stream: FactStream, chunk: ChunkConfig, seed: int) -> None:
         if not 0 <= stream.in_place <= 1:
             raise ValueError(f"in_place is a share, 0 to 1, not {stream.in_place}")
-        if stream.cut_share and chunk.sentences:
-            raise ValueError(f"cut_share {stream.cut_share} cuts equal chunks, not sentences")
+        if not 0 <= stream.full <= 1:
+            raise ValueError(f"full is a share, 0 to 1, not {stream.full}")
         if low := {name: weight for name, weight in stream.mix.items() if not weight > 0}:
             raise ValueError(f"the weights of mix must be above 0, not {low}")
         self.stream, self.chunk, self.seed = stream, chunk, seed
@@ -118,7 +121,7 @@ class FactTraining:
             if name:
                 return self._passages[name].sample(rng, level, s.queries_per_doc, s.in_place)
         most = 1 + round(level * (s.max_facts - 1))
-        n_facts = most if rng.random() < 0.5 else rng.randint(1, most)
+        n_facts = most if rng.random() < s.full else rng.randint(1, most)
         kinds = s.kinds if level > 0.5 and i % 2 else ("recall",)
         n_questions = min(s.queries_per_doc, n_facts)
         record = self._generator.sample(rng, n_facts, n_questions, kinds)
@@ -226,10 +229,8 @@ def fact_example(
     """
     prefix, suffix = chat_affixes(tokenizer)
     ids = render_chat(tokenizer, record.document.strip())
-    if rng is None:
-        pieces = pieces_of(ids, chunk, prefix, suffix, ends_of(tokenizer, chunk))
-    else:
-        pieces = split(ids, sample_chunks(len(ids), chunk, rng), prefix, suffix)
+    n = sample_chunks(len(ids), chunk, rng) if rng else fewest_chunks(len(ids), chunk)
+    pieces = split(ids, n, prefix, suffix)
     end = end_of_turn(tokenizer)
     queries = tuple(
         Query(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ..config import (
@@ -13,7 +14,7 @@ from ..config import (
 )
 from ..data.fact_training import FactStream
 from ..train import TrainConfig
-from .facts import FactEval, FactRun
+from .facts import FactEval, FactRun, Stage
 
 PAPER = FactRun(
     base="google/gemma-2-2b-it",
@@ -84,6 +85,61 @@ _TINY = {
     ),
 }  # fmt: skip
 
+
+def _sentences(steps: int, lr: float, stream: FactStream) -> Stage:
+    """Return a stage of `small` that gives each sentence rows of its own."""
+    train = TrainConfig(
+        steps=steps,
+        docs_per_step=32,
+        docs_per_micro_batch=32,
+        optimizer="muon",
+        lr=lr,
+        vector_lr=0.25,
+        betas=(0.9, 0.98),
+        warmup=15,
+        eval_every=230,
+    )
+    return Stage(stream, train, ChunkConfig(max_tok=512, min_tok=16, sentences=True))
+
+
+_FACTS = FactStream(max_facts=8, queries_per_doc=4, mix={"squad": 1.5}, in_place=0.5)
+_FIRST = Stage(
+    _FACTS,
+    TrainConfig(
+        steps=800,
+        docs_per_step=128,
+        docs_per_micro_batch=32,
+        optimizer="muon",
+        lr=2e-3,
+        betas=(0.9, 0.98),
+        warmup=50,
+        curriculum=160,
+        curriculum_exact=0.1,
+        eval_every=400,
+    ),
+    ChunkConfig(max_tok=512, min_tok=8),
+)
+_PAIRS = dataclasses.replace(_FACTS, queries_per_doc=2)
+_BEFORE = (
+    _FIRST,
+    _sentences(
+        450,
+        2e-3,
+        dataclasses.replace(_PAIRS, mix={"squad": 1.5, "wikipedia/written": 2.0}, in_place=0.25),
+    ),
+    _sentences(
+        320,
+        1.5e-3,
+        dataclasses.replace(_PAIRS, mix={"squad": 1.0, "wikipedia/written": 3.0}, in_place=0.3),
+    ),
+)
+_LAST = _sentences(
+    460,
+    2e-3,
+    dataclasses.replace(
+        _PAIRS, full=0.2, mix={"squad": 1.0, "wikipedia/written": 2.0}, in_place=0.3
+    ),
+)
 _SMALL = {
     "base": "smollm2-135m",
     "hypernet.perceiver": PerceiverConfig(
@@ -99,13 +155,12 @@ _SMALL = {
     "hypernet.lora": LoraConfig(rank=16, scale=64.0, layers=tuple(range(9, 30, 3))),
     "hypernet.per_layer_processing": False,
     "hypernet.use_bias": False,
-    "chunk": ChunkConfig(max_tok=512, min_tok=8),
-    "stream": FactStream(max_facts=8, queries_per_doc=4, mix={"squad": 1.5}, in_place=0.5),
-    "train": TrainConfig(
-        steps=800, docs_per_step=128, docs_per_micro_batch=32, optimizer="muon", lr=2e-3,
-        betas=(0.9, 0.98),
-        warmup=50, curriculum=160, curriculum_exact=0.1, eval_every=400,
-    ),
+    "hypernet.ridge": True,
+    "hypernet.ridge_start": 1.0,
+    "before": _BEFORE,
+    "chunk": _LAST.chunk,
+    "stream": _LAST.stream,
+    "train": _LAST.train,
     "eval": FactEval(
         n_facts=(1, 4, 8), n_docs=(16,) * 3, n_questions=2, n_slow=1, n_alternatives=4,
         n_metered=1, rates=(0.5,), cd_queries=(5,), cd_epochs=30, cd_lr=1e-3,

@@ -15,7 +15,6 @@ from d2l.chunking import (
     ends_of,
     fewest_chunks,
     group_by_length,
-    pieces_of,
     sample_chunks,
     split,
     unique,
@@ -200,7 +199,7 @@ def letters():
 
 
 def sentences(tokenizer, min_tok):
-    return ends_of(tokenizer, ChunkConfig(200, min_tok, sentences=True))
+    return ends_of(tokenizer, min_tok)
 
 
 def texts(tokenizer, pieces):
@@ -209,12 +208,10 @@ def texts(tokenizer, pieces):
 
 def test_chunks_end_with_sentences(letters):
     ids = letters("".join(SENTENCES)).input_ids
-    ends = sentences(letters, 1)
-    config = ChunkConfig(max_tok=200, min_tok=1, sentences=True)
-    found = texts(letters, pieces_of(ids, config, [], [], ends))
+    found = texts(letters, cut([ids], 200, [], [], sentences(letters, 1)))
     assert "".join(found) == "".join(SENTENCES)
     assert [f.strip() for f in found] == [s.strip() for s in SENTENCES]
-    joined = texts(letters, pieces_of(ids, config, [], [], sentences(letters, 30)))
+    joined = texts(letters, cut([ids], 200, [], [], sentences(letters, 30)))
     assert joined[0].startswith(SENTENCES[0] + SENTENCES[1])
     assert all(len(j.encode()) >= 30 for j in joined[:-1])
 
@@ -237,13 +234,3 @@ def test_a_stream_is_cut_as_the_whole(letters, size):
         assert list(cut(parts, 24, [1], [2, 3], chosen)) == whole
         inner = [*whole[0][:-2], *(i for w in whole[1:-1] for i in w[1:-2]), *whole[-1][1:]]
         assert inner == ids
-
-
-def test_nothing_ends_sooner_unless_it_is_asked_for(letters):
-    assert ends_of(letters, ChunkConfig(200, 8)) is None
-
-
-def test_sentences_do_not_lower_the_least_length(letters):
-    config = ChunkConfig(max_tok=50, min_tok=8, sentences=True)
-    with pytest.raises(ValueError, match=r"has 3 tokens .* needs at least 8"):
-        pieces_of([1, 2, 3], config, [], [], sentences(letters, 8))

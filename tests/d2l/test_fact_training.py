@@ -134,6 +134,7 @@ def test_passages_are_asked_about_in_their_own_words(base, monkeypatch, share, k
     [
         ({"in_place": 1.5}, r"in_place is a share, 0 to 1, not 1\.5"),
         ({"in_place": -0.1}, "in_place"),
+        ({"full": 1.5}, r"full is a share, 0 to 1, not 1\.5"),
         ({"mix": {"squad": -0.5}}, r"above 0, not \{'squad': -0\.5\}"),
         ({"mix": {"squad": float("nan")}}, "above 0"),
         ({"mix": {"ropes": 1.0}}, "ropes is not for training, only squad, squad/train"),
@@ -144,10 +145,10 @@ def test_a_stream_that_cannot_be_is_refused_at_once(base, titled, options, messa
         stream(base, **options)
 
 
-def test_equal_chunks_and_sentences_do_not_go_together(base):
-    chunk = ChunkConfig(64, 8, sentences=True)
-    with pytest.raises(ValueError, match=r"cut_share 0\.5 cuts equal chunks, not sentences"):
-        FactTraining(base.tokenizer, FactStream(cut_share=0.5), chunk, seed=0)
+@pytest.mark.parametrize(("full", "least", "most"), [(0.0, 6, 26), (1.0, 64, 64)])
+def test_a_share_of_the_documents_has_all_facts(base, full, least, most):
+    documents = stream(base, full=full, max_facts=8).records(0, 64)
+    assert least <= sum(len(r.facts) == 8 for r in documents) <= most
 
 
 def test_the_training_split_of_a_set_is_watched_and_tested_on_the_same_titles(monkeypatch):

@@ -282,7 +282,7 @@ def test_ridge_sets_a_documents_rows_apart_in_float32_and_learns_the_penalty():
     before, after = (h.compose(h([features], segments), [n]) for h in (built, other))
     rows = n * built.config.lora.rank
     given = before.A["down_proj"][:, :rows]
-    expected = apart(given.double(), torch.full((3,), Hypernet.RIDGE).double())
+    expected = apart(given.double(), torch.full((3,), built.config.ridge_start).double())
     torch.testing.assert_close(
         after.A["down_proj"][:, :rows].double(), expected, rtol=1e-3, atol=1e-4
     )

@@ -7,14 +7,17 @@ import tracemalloc
 
 import pytest
 import torch
+from d2l_kernels import Segments
 from tiny_models import doc_to_lora, speaking
 
 from d2l.chunking import cut, split
 from d2l.config import ChunkConfig
+from d2l.data.example import Batch, Example, Query
 from d2l.lm.chat import blocks_of, render_chat, stream_chat
 from d2l.lm.vocabulary import PROSE_WORDS
 from d2l.model import DocToLoRA
 from d2l.reading import sha256_of
+from d2l.train import Objective, TrainConfig
 
 MODULES = ("down_proj", "q_proj")
 
@@ -260,13 +263,107 @@ def test_streamed_ids_are_those_of_the_whole_text(model):
     assert streamed == render_chat(tokenizer, text)
 
 
+SENTENCES = ("The grass is green.", " The sky is blue and yellow.", " Here. The sun is yellow.")
+
+
+@pytest.fixture
+def by_sentence(model, monkeypatch):
+    """Reads sentences apart; each ends with a full stop, for white space is no token here."""
+    (stop,) = ids_of(model, ".")
+    special = set(model.base.tokenizer.all_special_ids)
+
+    def ends_of(_, least):
+        return lambda piece, i: len(piece) >= least and piece[-1] == stop and i not in special
+
+    monkeypatch.setattr("d2l.model.ends_of", ends_of)
+    found = DocToLoRA(model.base, model.config, ChunkConfig(64, 6, sentences=True))
+    found.hypernet.load_state_dict(model.hypernet.state_dict())
+    return found
+
+
+def ids_of(model, text):
+    return model.base.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_sentences_are_encoded_together_and_read_apart(model, by_sentence):
+    """Against the encoder and the Perceiver by hand, with the sentences found in the text."""
+    (chunk,) = by_sentence.chunks("".join(SENTENCES))
+    assert chunk == render_chat(model.base.tokenizer, "".join(SENTENCES))
+    sizes = [len(ids_of(model, s)) for s in SENTENCES]
+    sizes[0] += chunk.index(ids_of(model, SENTENCES[0])[0])
+    sizes[-1] += len(chunk) - sum(sizes)
+    assert list(map(len, by_sentence.sentences(chunk))) == sizes
+    assert model.sentences(chunk) == [chunk]
+    features = []
+    with torch.no_grad():
+        by_sentence.encoder([torch.tensor(chunk)], features.append)
+        factors = model.hypernet(features, Segments(tuple(sizes)))
+        expected = model.hypernet.compose(factors, [3])
+    pairs = itertools.product(expected.layers, sorted(expected.A))
+    by_hand = torch.cat([expected.delta_W(0, i, m).flatten() for i, m in pairs])
+    found = by_sentence.internalize("".join(SENTENCES))
+    assert found.sources[0].chunk_tok == tuple(sizes)
+    assert [n for _, n, _ in found.chunks] == sizes
+    torch.testing.assert_close(weights(found), by_hand)
+    apart = of_chunks(model, by_sentence.sentences(chunk))
+    assert (apart - by_hand).norm() > 0.01 * by_hand.norm(), "a sentence sees those before it"
+
+
+def test_sentences_of_several_documents_in_any_way_of_reading(by_sentence):
+    """One by one, in a batch with repeats, as a stream, as ids, in training: the same adapter."""
+    texts = ["".join(SENTENCES[i:j]).strip() for i, j in ((0, 3), (0, 1), (1, 3), (0, 3))]
+    texts.append("".join(SENTENCES) + " " + prose(70))  # beyond one chunk
+    batched = by_sentence.internalize_batch(texts)
+    counts = [len(a.chunks) for a in batched]
+    assert counts[:4] == [3, 1, 2, 3]
+    assert counts[4] > 3
+    examples = []
+    for text, own in zip(texts, batched, strict=True):
+        alone = by_sentence.internalize(text)
+        assert alone.sources == own.sources
+        torch.testing.assert_close(weights(alone), weights(own))
+        examples.append(Example(tuple(map(tuple, by_sentence.chunks(text))), (Query((1,), (2,)),)))
+    for i in (0, 2):
+        ids = by_sentence.internalize(ids_of(by_sentence, texts[i]))
+        stream = by_sentence.internalize(pieces(texts[i]))
+        for other in (ids, stream):
+            assert other.sources[0].chunk_tok == batched[i].sources[0].chunk_tok
+            torch.testing.assert_close(weights(other), weights(batched[i]))
+    trained = Objective(by_sentence, TrainConfig()).adapters(Batch.of(examples))
+    pairs = list(itertools.product(trained.layers, sorted(trained.A)))
+    for i, own in enumerate(batched):
+        composed = torch.cat([trained.delta_W(i, *pair).flatten() for pair in pairs])
+        torch.testing.assert_close(composed, weights(own))
+
+
+def test_a_document_of_several_chunks_is_cut_where_sentences_end(by_sentence):
+    *several, last = by_sentence.chunks(" ".join(SENTENCES * 7))
+    assert len(several) > 1
+    for chunk in several:
+        assert "." in by_sentence.reader.tokenizer.convert_ids_to_tokens(chunk)[-3:]
+        assert 48 <= len(chunk) <= 70
+    assert len(last) < 70
+    with pytest.raises(ValueError, match=r"needs at least 6"):
+        by_sentence.cut_whole([1, 2, 3])
+
+
+def test_more_sentences_than_trained_are_warned_about(by_sentence):
+    by_sentence.trained_chunks = 2
+    reading = None
+    with pytest.warns(UserWarning, match="more than the 2 sentences that"):
+        reading = by_sentence.read("".join(SENTENCES))
+    assert (reading.n_chunks, reading.total_chunks) == (0, 3)
+    assert len(list(reading)) == 1
+    assert (reading.n_chunks, len(reading.adapter.chunks)) == (3, 3)
+
+
 @pytest.mark.slow
 def test_a_document_is_read_sentence_by_sentence():
     try:
         model = DocToLoRA.from_pretrained("fig3/small")
     except OSError as error:
         pytest.skip(str(error))
-    model.chunk = ChunkConfig(max_tok=96, min_tok=16, sentences=True)
+    model.chunk = ChunkConfig(max_tok=512, min_tok=16, sentences=True)
     sentences = [
         'Marta Quill was born in Port Ellery, at 5 p.m. on a Monday in 1874, they say: "No!"',
         "Émile kept a tame heron in the harbour of the town until the winter of that year.",
@@ -274,11 +371,12 @@ def test_a_document_is_read_sentence_by_sentence():
         "7 boats of the harbour were sold to a merchant from the north for very little.",
     ]
     text = " ".join(sentences)
-    read = [model.reader.tokenizer.decode(chunk) for chunk in model.chunks(text)]
+    (chunk,) = model.chunks(text)
+    read = [model.reader.tokenizer.decode(sentence) for sentence in model.sentences(chunk)]
     expected = [*sentences[:2], " ".join(sentences[2:])]
     assert len(read) == 3
     assert all(e in r for e, r in zip(expected, read, strict=True))
     model.trained_chunks = None
     whole, streamed = model.internalize(text), model.internalize(iter([text[:50], text[50:]]))
     assert whole.sources == streamed.sources
-    assert whole.sources[0].chunk_tok == tuple(map(len, model.chunks(text)))
+    assert whole.sources[0].chunk_tok == tuple(map(len, model.sentences(chunk)))
