@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..adapter import Adapter
 from ..chunking import PUBLISHED_CHUNK_PROBS
@@ -46,9 +48,16 @@ def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
         most = _MOST_SENTENCES
     model = fresh(wanted, base, trained_chunks=most)
     last = Stage(wanted.stream, wanted.train, wanted.chunk)
+    n_stages = 1 + len(wanted.before)
+    if not 1 <= wanted.averaged <= n_stages:
+        raise ValueError(f"averaged is 1 to the {n_stages} stages, not {wanted.averaged}")
+    ends: list[dict[str, Tensor]] = []
     for i, stage in enumerate((*wanted.before, last)):
         place = folder if stage is last else folder / f"stage{i}"
         _fit(model, wanted, stage, place, wanted.train.seed + _NEXT * i)
+        ends = [*ends, copy.deepcopy(model.hypernet.state_dict())][-wanted.averaged :]
+    mean = {k: torch.stack([end[k] for end in ends]).mean(0) for k in ends[0]}
+    model.hypernet.load_state_dict(mean)
     return model
 
 

@@ -134,7 +134,7 @@ _BEFORE = (
     ),
 )
 _LAST = _sentences(
-    460,
+    380,
     2e-3,
     dataclasses.replace(
         _PAIRS, full=0.2, mix={"squad": 1.0, "wikipedia/written": 2.0}, in_place=0.3
@@ -158,6 +158,7 @@ _SMALL = {
     "hypernet.ridge": True,
     "hypernet.ridge_start": 1.0,
     "before": _BEFORE,
+    "averaged": 3,
     "chunk": _LAST.chunk,
     "stream": _LAST.stream,
     "train": _LAST.train,

@@ -92,7 +92,10 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class FactRun:
-    """Everything that a run depends on; the stages ``before`` are trained before the last one."""
+    """Everything that a run depends on; the stages ``before`` are trained before the last one.
+
+    Of the last ``averaged`` stages the mean of the weights that each ended with is what is kept.
+    """
 
     base: str
     dtype: Literal["float32", "bfloat16"]
@@ -102,6 +105,7 @@ class FactRun:
     train: TrainConfig
     eval: FactEval
     before: tuple[Stage, ...] = ()
+    averaged: int = 1
 
 
 def counts(wanted: FactRun) -> list[tuple[int, int]]:
@@ -238,6 +242,10 @@ def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
     for one in reversed(wanted.before):
         mixed += f"\n  Before that {one.train.steps} steps of {one.train.docs_per_step} documents"
         mixed += f" with {one.stream.mix}, {one.stream.in_place:.0%}."
+    if wanted.averaged > 1:
+        mixed += (
+            f"\n  The weights are the mean of what the last {wanted.averaged} of these ended with."
+        )
     return f"""# Fact hypernetwork for {wanted.base} ({which}, seed {t.seed})
 
 Turns a document of the invented encyclopedia into LoRA factors for
