@@ -309,3 +309,23 @@ def test_a_second_stage_goes_on_with_other_documents(tmp_path, monkeypatch):
     assert all(torch.equal(after[k], again[k]) for k in after)
     assert "Before that 2 steps of 4 documents" in card(both, model, read_curve(tmp_path), "x")
     assert from_dict(FactRun, to_dict(both)) == both
+
+
+def test_the_ends_of_the_last_stages_are_averaged(tmp_path):
+    one = fig3.config("smoke", {"train.steps": 1, "train.lr": 0.01})
+    stage, base = Stage(one.stream, one.train, one.chunk), load_base(one.base)
+    run = dataclasses.replace(one, before=(stage, stage), averaged=2)
+    mean = fact_fitting.trained(run, base, tmp_path).hypernet.state_dict()
+    stage0, *ends = (
+        torch.load(folder / "checkpoint.pt", weights_only=True)["hypernet"]
+        for folder in (tmp_path / "stage0", tmp_path / "stage1", tmp_path)
+    )
+    moved = [k for k in mean if not torch.equal(*(end[k] for end in ends))]
+    assert moved
+    assert not torch.equal(stage0[moved[0]], ends[0][moved[0]])
+    for k in mean:
+        torch.testing.assert_close(mean[k].double(), (ends[0][k].double() + ends[1][k]) / 2)
+    assert "the mean of what the last 2" in card(run, fresh(run, base), read_curve(tmp_path), "x")
+    for averaged in (0, 4):
+        with pytest.raises(ValueError, match=f"averaged is 1 to the 3 stages, not {averaged}"):
+            fact_fitting.trained(dataclasses.replace(run, averaged=averaged), base, tmp_path)
