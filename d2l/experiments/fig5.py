@@ -39,7 +39,7 @@ class Lengths(QaExperiment):
         return {"chunk_tok": wanted.chunk.max_tok}
 
     def rows(self, asked: Request, retrain: bool) -> Iterable[pd.DataFrame]:
-        """Draw the stream of every seed that ships again, at the levels that training reached.
+        """Draw the last stage's stream of every seed that ships, at the levels it was trained at.
 
         Other seeds and settings are counted at the last level.  Raises ValueError for ``retrain``:
         nothing is trained.
