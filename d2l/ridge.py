@@ -35,7 +35,7 @@ def apart(
         n = A.shape[1] if n_rows is None else n_rows
         gram, penalty = _scaled(rows @ rows.mT, penalty, n)
         inverse, _ = torch.linalg.inv_ex(gram)
-        return ((1 + penalty) * (inverse @ rows)).to(A)
+        return ((1 + penalty) * inverse @ rows).to(A)
 
 
 def apart_by_document(
