@@ -34,8 +34,9 @@ class Source:
     """A document inside an adapter.
 
     ``sha256`` is of its stripped text (UTF-8), or of its token ids; ``chunk_tok`` holds the tokens
-    of each chunk, template included; ``rows`` counts its rows of the rank axis.  A document whose
-    rank reached that of a full matrix is ``folded``: its chunks are summed, their map is gone.
+    of each chunk (or sentence read apart), template included; ``rows`` counts its rows of the rank
+    axis.  A document whose rank reached that of a full matrix is ``folded``: its chunks are summed,
+    their map is gone.
     """
 
     sha256: str

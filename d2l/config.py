@@ -84,8 +84,8 @@ class HypernetConfig:
     ours too: the width of a path by which every rank row reads one place of the text directly (see
     `hypernet.CopyPath`); 0 leaves it out.  With ``say_next`` what it reads is also said as it is.
     With ``ridge``, ours as well, a document's rows that are alike do not speak together
-    (`d2l.ridge`), by a penalty that training starts from ``ridge_start``.  ``mlp_dropout`` acts in
-    training, before both matrices of the pre-head MLPs.
+    (`d2l.ridge`), by a penalty that training starts from ``ridge_start`` (.01 at least).
+    ``mlp_dropout`` acts in training, before both matrices of the pre-head MLPs.
     """
 
     encoder: EncoderConfig = EncoderConfig()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,8 +34,6 @@ Adapters = Adapter | Sequence[Adapter | None] | None
 
 _READ_PER_RUN = 4
 """Tokens of a group that the Perceiver may read for each that the encoder runs, chunks alike."""
-_FULL = 0.75
-"""Share of its most tokens from which a chunk ends with a sentence, where sentences are read."""
 
 
 def target_shapes(base: LanguageModel, config: HypernetConfig) -> TargetShapes:
@@ -141,14 +138,14 @@ class DocToLoRA:
     def cut_whole(self, ids: Sequence[int]) -> list[list[int]]:
         """Cut a document that is templated and tokenised; raises ValueError for a short one."""
         fewest, affixes = fewest_chunks(len(ids), self.chunk), chat_affixes(self.reader.tokenizer)
-        if self.ends and fewest > 1:
-            return list(cut([ids], self.chunk.max_tok, *affixes, self.ends))
-        return split(ids, fewest, *affixes)
+        pieces = list(cut([ids], self.chunk.max_tok, *affixes, self.ends)) if self.ends else []
+        even = fewest == 1 or not pieces or len(pieces[-1]) < 2 * self.chunk.min_tok
+        return split(ids, fewest, *affixes) if even else pieces
 
     @property
     def ends(self) -> Ends | None:
-        """What tells where a chunk ends sooner than at full length, if anything does."""
-        least = math.ceil(_FULL * self.chunk.max_tok)
+        """What ends a chunk with a sentence, from three quarters of its full length on."""
+        least = 3 * self.chunk.max_tok // 4
         return ends_of(self.reader.tokenizer, least) if self.chunk.sentences else None
 
     def sentences(self, chunk: Sequence[int]) -> list[list[int]]:
@@ -156,7 +153,9 @@ class DocToLoRA:
         if not self.chunk.sentences:
             return [[*chunk]]
         ends = ends_of(self.reader.tokenizer, self.chunk.min_tok)
-        return list(cut([chunk], len(chunk), (), (), ends))
+        *found, last = cut([chunk], len(chunk), (), (), ends)
+        n_frame = len(chat_affixes(self.reader.tokenizer)[1])  # no sentence of the frame alone
+        return [*found[:-1], found[-1] + last] if found and len(last) <= n_frame else [*found, last]
 
     def encode(self, chunks: Sequence[Sequence[int]], *, dedupe: bool = True) -> ChunkLora:
         """Compute factors of all chunks' `sentences`; equal chunks are encoded once by default."""

@@ -63,16 +63,16 @@ class Reading:
 
     def __iter__(self) -> Iterator[int]:
         while chunks := list(itertools.islice(self._chunks, self.at_once)):
+            sizes = [len(s) for chunk in chunks for s in self.model.sentences(chunk)]
             with torch.no_grad():
                 self._parts.append(self.model.encode(chunks))
                 held = sum(p.n_chunks for p in self._parts)
                 if held * self.model.config.lora.rank > self._full_rank:
                     self._dense, self._grams = self._sum()
                     self._parts = []
-            before = self.n_chunks
-            self._tok += (len(s) for chunk in chunks for s in self.model.sentences(chunk))
+            self._tok += sizes
             if self.total_chunks is None:
-                self._warn(before, self.n_chunks)
+                self._warn(self.n_chunks - len(sizes), self.n_chunks)
             yield sum(self._tok)
 
     def finish(self) -> Adapter:

@@ -31,7 +31,7 @@ from ..train import train as fit
 from .facts import FactRun, Stage, documents
 from .shipped import fresh
 
-_NEXT = 7
+NEXT = 7
 """How far the seed of a stage's documents lies behind that of the stage before."""
 _MOST_SENTENCES = 12
 """Sentences that training composes, where they are read apart (2 of 512 documents had more)."""
@@ -41,7 +41,7 @@ def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
     """Train, or resume, in ``folder``; the model's initialisation depends on the seed alone.
 
     Stages before the last lie in ``folder / "stage0"`` and so on.  Every stage has other documents:
-    those of the run's seed and `_NEXT` for each stage before it.
+    those of the run's seed and `NEXT` for each stage before it.
     """
     most = max(PUBLISHED_CHUNK_PROBS) if wanted.stream.cut_share else 1
     if wanted.chunk.sentences:
@@ -54,7 +54,7 @@ def trained(wanted: FactRun, base: LanguageModel, folder: Path) -> DocToLoRA:
     ends: list[dict[str, Tensor]] = []
     for i, stage in enumerate((*wanted.before, last)):
         place = folder if stage is last else folder / f"stage{i}"
-        _fit(model, wanted, stage, place, wanted.train.seed + _NEXT * i)
+        _fit(model, wanted, stage, place, wanted.train.seed + NEXT * i)
         ends = [*ends, copy.deepcopy(model.hypernet.state_dict())][-wanted.averaged :]
     mean = {k: torch.stack([end[k] for end in ends]).mean(0) for k in ends[0]}
     model.hypernet.load_state_dict(mean)

@@ -244,8 +244,9 @@ def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
         mixed += f" with {one.stream.mix}, {one.stream.in_place:.0%}."
     if wanted.averaged > 1:
         mixed += (
-            f"\n  The weights are the mean of what the last {wanted.averaged} of these ended with."
+            f"\n  The weights are the mean of what the last {wanted.averaged} of these ended with;"
         )
+        mixed += "\n  what is watched is the last."
     return f"""# Fact hypernetwork for {wanted.base} ({which}, seed {t.seed})
 
 Turns a document of the invented encyclopedia into LoRA factors for

@@ -13,6 +13,7 @@ from ..figures_data import draw_fig5
 from ..measures_data import lengths
 from ..train import read_curve
 from .base import Request, need_gpu_and_model
+from .fact_fitting import NEXT
 from .facts import FactRun
 from .qa import SHIPS, QaExperiment
 from .shipped import load, shipped_seeds, weights_dir
@@ -53,7 +54,8 @@ class Lengths(QaExperiment):
         usual = asked.seed == 0 and not asked.overrides
         shipped = shipped_seeds(SHIPS, asked.scale) if usual else []
         for seed in shipped or [asked.seed]:
-            stream = FactTraining(tokenizer, wanted.stream, wanted.chunk, seed)
+            drawn = seed + NEXT * len(wanted.before)
+            stream = FactTraining(tokenizer, wanted.stream, wanted.chunk, drawn)
             counts: Counter[tuple[str, int]] = Counter()
             for step, level in _levels(wanted, asked.scale, seed if shipped else None):
                 for example in stream.batch(step, wanted.train.docs_per_step, level):

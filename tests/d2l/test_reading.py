@@ -270,10 +270,9 @@ SENTENCES = ("The grass is green.", " The sky is blue and yellow.", " Here. The 
 def by_sentence(model, monkeypatch):
     """Reads sentences apart; each ends with a full stop, for white space is no token here."""
     (stop,) = ids_of(model, ".")
-    special = set(model.base.tokenizer.all_special_ids)
 
     def ends_of(_, least):
-        return lambda piece, i: len(piece) >= least and piece[-1] == stop and i not in special
+        return lambda piece, i: len(piece) >= least and piece[-1] == stop
 
     monkeypatch.setattr("d2l.model.ends_of", ends_of)
     found = DocToLoRA(model.base, model.config, ChunkConfig(64, 6, sentences=True))
@@ -342,7 +341,10 @@ def test_a_document_of_several_chunks_is_cut_where_sentences_end(by_sentence):
     for chunk in several:
         assert "." in by_sentence.reader.tokenizer.convert_ids_to_tokens(chunk)[-3:]
         assert 48 <= len(chunk) <= 70
-    assert len(last) < 70
+    assert 12 <= len(last) < 70
+    for n in range(40, 90):
+        pieces = by_sentence.cut_whole([*ids_of(by_sentence, prose(n)), 3])
+        assert min(map(len, pieces)) >= 12, "no rest of a chunk stands alone"
     with pytest.raises(ValueError, match=r"needs at least 6"):
         by_sentence.cut_whole([1, 2, 3])
 
