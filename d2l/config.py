@@ -107,7 +107,7 @@ class ChunkConfig:
     """How a templated document is cut (spec section 9).
 
     With ``sentences``, which is ours, the encoder reads a chunk as ever, but each of its sentences
-    has an adapter of its own, as if it were a chunk; one shorter than ``min_tok`` joins the next.
+    has rows of its own, as if it were a chunk; one shorter than ``min_tok`` joins the next.
     """
 
     max_tok: int = 512

@@ -138,9 +138,9 @@ class DocToLoRA:
     def cut_whole(self, ids: Sequence[int]) -> list[list[int]]:
         """Cut a document that is templated and tokenised; raises ValueError for a short one."""
         fewest, affixes = fewest_chunks(len(ids), self.chunk), chat_affixes(self.reader.tokenizer)
-        pieces = list(cut([ids], self.chunk.max_tok, *affixes, self.ends)) if self.ends else []
-        even = fewest == 1 or not pieces or len(pieces[-1]) < 2 * self.chunk.min_tok
-        return split(ids, fewest, *affixes) if even else pieces
+        ends = self.ends if fewest > 1 else None
+        pieces = list(cut([ids], self.chunk.max_tok, *affixes, ends)) if ends else [[]]
+        return pieces if len(pieces[-1]) > 2 * self.chunk.min_tok else split(ids, fewest, *affixes)
 
     @property
     def ends(self) -> Ends | None:
@@ -149,7 +149,7 @@ class DocToLoRA:
         return ends_of(self.reader.tokenizer, least) if self.chunk.sentences else None
 
     def sentences(self, chunk: Sequence[int]) -> list[list[int]]:
-        """List the parts of a chunk that have adapters of their own: itself, or its sentences."""
+        """List the parts of a chunk that have rows of their own: itself, or its sentences."""
         if not self.chunk.sentences:
             return [[*chunk]]
         ends = ends_of(self.reader.tokenizer, self.chunk.min_tok)

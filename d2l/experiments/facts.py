@@ -243,10 +243,8 @@ def card(wanted: FactRun, model: DocToLoRA, curve: Curve, which: str) -> str:
         mixed += f"\n  Before that {one.train.steps} steps of {one.train.docs_per_step} documents"
         mixed += f" with {one.stream.mix}, {one.stream.in_place:.0%}."
     if wanted.averaged > 1:
-        mixed += (
-            f"\n  The weights are the mean of what the last {wanted.averaged} of these ended with;"
-        )
-        mixed += "\n  what is watched is the last."
+        mixed += f"\n  The weights are the mean of what the last {wanted.averaged} of these ended"
+        mixed += " with;\n  what is watched is the last."
     return f"""# Fact hypernetwork for {wanted.base} ({which}, seed {t.seed})
 
 Turns a document of the invented encyclopedia into LoRA factors for
