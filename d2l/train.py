@@ -284,6 +284,7 @@ def train(
         }
         pace.update(row["train_exact"])
         done = step + 1
+        scores: dict[str, float] = {}
         if (
             evaluate
             and config.eval_every
@@ -291,11 +292,11 @@ def train(
         ):
             if accelerator.is_main_process:
                 wrapped.eval()
-                row |= evaluate(done)
+                scores = evaluate(done)
                 wrapped.train()
             accelerator.wait_for_everyone()
-        log.step(done, row)
-        if patience.is_better(row):
+        log.step(done, row, scores)
+        if patience.is_better(row | scores):
             _write(objective.hypernet.state_dict(), best)
         over = bool(config.patience) and _any(accelerator, patience.over)
         if done % config.checkpoint_every == 0 or done == config.steps or over:
@@ -422,17 +423,16 @@ class _Log:
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start)
         self.bar = tqdm(total=config.steps, initial=start, desc="train", dynamic_ncols=True)
 
-    def step(self, done: int, row: dict[str, float]) -> None:
-        """Take one step's numbers; write the mean of the last ``log_every`` steps."""
+    def step(self, done: int, row: dict[str, float], scores: dict[str, float]) -> None:
+        """Take one step's numbers; write their mean where ``log_every`` or an evaluation is."""
         if not self.enabled:
             return
         self.recent.append(row)
         self.bar.update(1)
-        evaluated = any(k not in self.recent[0] for k in row)
-        if done % self.every and not evaluated and done != self.bar.total:
+        if done % self.every and not scores and done != self.bar.total:
             return
-        mean = {k: sum(r[k] for r in self.recent) / len(self.recent) for k in self.recent[0]}
-        mean = {"step": done, **(mean | {k: v for k, v in row.items() if k not in self.recent[0]})}
+        mean = {k: sum(r[k] for r in self.recent) / len(self.recent) for k in row}
+        mean = {"step": done, **mean, **scores}
         self.recent = []
         self.rows.append(mean)
         self.bar.set_postfix({k: f"{mean[k]:.3g}" for k in ("loss", "train_exact")})

@@ -73,6 +73,24 @@ def test_a_run_learns(tmp_path, optimizer):
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.parametrize("eval_every", [1, 2, 3, 4, 5])
+def test_evaluations_and_log_lines_may_fall_on_any_steps(tmp_path, eval_every):
+    config = TrainConfig(steps=7, docs_per_step=1, log_every=3, eval_every=eval_every)
+    train(
+        doc_to_lora(),
+        lambda step, level: train_tiny.examples(0, level),
+        config,
+        tmp_path,
+        evaluate=lambda done: {"probe": float(done)},
+    )
+    rows = curve(tmp_path)
+    evaluated = {s for s in range(1, 8) if s % eval_every == 0 or s == 7}
+    assert [int(r["step"]) for r in rows] == sorted(evaluated | {3, 6})
+    assert {int(r["step"]) for r in rows if r["probe"]} == evaluated
+    assert all(float(r["probe"]) == float(r["step"]) for r in rows if r["probe"])
+    assert all(r["loss"] for r in rows)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kill_at", "dropout", "kept"), [("step", 0.0, 2), ("save", 0.2, 2)])
 def test_a_killed_run_ends_with_the_same_weights(finished, tmp_path, kill_at, dropout, kept):
