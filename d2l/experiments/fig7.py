@@ -1,7 +1,8 @@
 """Figure 7: figure 3 for numbers, situations and two hops, which stand for DROP, ROPES and 2Wiki.
 
-The hypernetwork is figure 3's, which learned to recall single facts and nothing else.  At small
-sentences are also read apart, and the best for each question is asked (`d2l.routing`).
+The hypernetwork is figure 3's, which at tiny learned to recall single facts and nothing else, at
+small also from paragraphs of public sets.  There sentences are also read apart, and the best for
+each question is asked (`d2l.routing`).
 """
 
 from ..figures_qa import draw_fig3
