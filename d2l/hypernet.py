@@ -210,32 +210,30 @@ class Hypernet(nn.Module):
     def generate(self, embeddings: Float[Tensor, "chunk layer mod r d_read"]) -> ChunkLora:
         """Turn embeddings into LoRA factors of every chunk, without merging."""
         d_copy, n_said = self.config.d_copy, self.n_said
-        d_latent = embeddings.shape[-1] - d_copy - n_said
-        x, copied, said = embeddings.split((d_latent, d_copy, n_said), -1)
+        x, copied, said = embeddings.split((self.head.shape[2], d_copy, n_said), -1)
         for mlp in self.mlps:
             x = mlp(x)
         u = F.normalize(x, dim=-1)
-        flat = torch.einsum("clmrd,lmdf->clmrf", u, self.head.to(u.dtype))
         gate = None
         if self.config.chunk_gate:
             score = torch.einsum("clmrd,lmd->clmr", u.float(), self.gate_weight)
-            score = score * math.sqrt(u.shape[-1]) + self.gate_bias[None, :, :, None]
-            gate = torch.sigmoid(score)
+            gate = torch.sigmoid(score * math.sqrt(u.shape[-1]) + self.gate_bias[None, :, :, None])
+        wide = torch.promote_types(u.dtype, torch.float32)
+        to_A, to_B = F.normalize(copied, dim=-1).to(wide).tensor_split((d_copy // 2,), -1)
         A, B = {}, {}
         for i, m in enumerate(self.targets.modules):
             d_in, d_out = self.targets.d_in[m], self.targets.d_out[m]
-            own = flat[:, :, i].float() if flat.dtype != torch.float64 else flat[:, :, i]
-            own_A, own_B = own[..., :d_in], own[..., d_in : d_in + d_out]
+            head_A, head_B = self.head[:, i, :, : d_in + d_out].to(u).split((d_in, d_out), -1)
+            own = torch.einsum("clrd,ldf->clrf", u[:, :, i], head_A).to(wide)
             if d_copy:
-                to_A, to_B = (
-                    F.normalize(copied[:, :, i], dim=-1).to(own).tensor_split((d_copy // 2,), -1)
-                )
-                own_A = own_A + torch.einsum("clrw,lwd->clrd", to_A, self.copy_A[:, i, :, :d_in])
-                own_B = own_B + torch.einsum("clrw,lwd->clrd", to_B, self.copy_B[:, i, :, :d_out])
+                own += torch.einsum("clrw,lwd->clrd", to_A[:, :, i], self.copy_A[:, i, :, :d_in])
+            A[m] = own.mul_(self.scaler_A[m])
+            own = torch.einsum("clrd,ldf->clrf", u[:, :, i], head_B).to(wide)
+            if d_copy:
+                own += torch.einsum("clrw,lwd->clrd", to_B[:, :, i], self.copy_B[:, i, :, :d_out])
             if n_said:
-                own_B = own_B + F.normalize(said[:, :, i].to(own), dim=-1) * self.copy_gain[:, i]
-            A[m] = own_A * self.scaler_A[m]
-            B[m] = own_B * self.scaler_B[m]
+                own += F.normalize(said[:, :, i].to(wide), dim=-1) * self.copy_gain[:, i]
+            B[m] = own.mul_(self.scaler_B[m])
             if gate is not None:
                 B[m] = B[m] * gate[:, :, i, :, None]
         return ChunkLora(A, B)

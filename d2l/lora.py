@@ -153,10 +153,10 @@ def compose(
             f"n_chunks {tuple(n_chunks)} must be >= 1 each and add up to {chunks.n_chunks}"
         )
     if penalties:
-        some = next(iter(chunks.A.values()))
-        times = some.new_ones(chunks.n_chunks) if weights is None else weights.to(some)
-        chunks, weights = chunks.map(lambda t: t * times.sqrt()[:, None, None, None]), None
-        A = {m: apart_by_document(t, penalties[m], n_chunks, times) for m, t in chunks.A.items()}
+        w = torch.ones(chunks.n_chunks) if weights is None else weights
+        if weights is not None:
+            chunks, weights = chunks.map(lambda t: t * w.sqrt().to(t)[:, None, None, None]), None
+        A = {m: apart_by_document(t, penalties[m], n_chunks, w) for m, t in chunks.A.items()}
         chunks = ChunkLora(A, chunks.B)
 
     def join(factors: Factors, extra: Mapping[str, Tensor] | None, w: Tensor | None) -> Factors:

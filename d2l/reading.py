@@ -89,18 +89,20 @@ class Reading:
         """
         if not self._tok:
             raise ValueError("nothing has been read yet: iterate over the reading first")
-        where = [(g, k) for g, part in enumerate(self._parts) for k in range(part.n_chunks)]
         with torch.no_grad():
+            n_rows = self.n_chunks * self.model.config.lora.rank
             if self._dense:
                 total, grams = self._sum()
                 for m, penalty in self.model.hypernet.penalties.items():
-                    n_rows = self.n_chunks * self.model.config.lora.rank
                     total[m] = sum_apart(total[m], grams[m], penalty, n_rows)
                 factors = _full_rank_factors(total, self._full_rank)
                 factors = factors.map(lambda t: t.to(self.model.base.model.dtype))
             else:
-                factors = ChunkLora.pick(self._parts, where)
-            rows = self._full_rank if self._dense else len(where) * self.model.config.lora.rank
+                where = [(g, k) for g, part in enumerate(self._parts) for k in range(part.n_chunks)]
+                if len(self._parts) > 1:
+                    self._parts = [ChunkLora.pick(self._parts, where)]
+                (factors,) = self._parts
+            rows = self._full_rank if self._dense else n_rows
             title, folded = self.title or "untitled", bool(self._dense)
             source = Source(self._sha256, title, tuple(self._tok), rows, folded=folded)
             return self.model.adapter_of(factors, source)

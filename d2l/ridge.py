@@ -45,10 +45,10 @@ def apart_by_document(
     times: Float[Tensor, " chunk"],
 ) -> Float[Tensor, "chunk layer r d_in"]:
     """Set the rows of each document's ``n_chunks`` apart; chunk i counts as ``times[i]`` chunks."""
-    r = A.shape[2]
+    r, wide = A.shape[2], torch.promote_types(A.dtype, torch.float32)
     parts = zip(A.split(tuple(n_chunks)), times.split(tuple(n_chunks)), strict=True)
     done = [
-        apart(a.transpose(0, 1).flatten(1, 2), penalty, n.sum().clamp_min(1e-6) * r)
+        apart(a.transpose(0, 1).flatten(1, 2).to(wide), penalty, n.sum().clamp_min(1e-6) * r).to(A)
         for a, n in parts
     ]
     return torch.cat(done, 1).unflatten(1, (-1, r)).transpose(0, 1)
