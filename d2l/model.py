@@ -179,16 +179,16 @@ class DocToLoRA:
         tensors = [torch.tensor(c) for row in rows for c in row]
         read: list[Tensor | None] = []
         segments = Segments.of(len(s) for row in rows for c in row for s in self.sentences(c))
-        per_row = [len(row) for row in rows]
 
         def keep(feature: Tensor) -> None:  # nothing of layers that are not adapted
             needed = self.hypernet.needs(len(read))
             read.append(self.hypernet.read(feature, segments) if needed else None)
 
         dtype = self.reader.model.dtype
-        half = dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(self.base.device.type, dtype if half else torch.bfloat16, enabled=half):
-            self.encoder(tensors, keep, per_row=per_row)
+        half = torch.autocast(self.base.device.type, dtype, enabled=dtype.itemsize < 4)
+        with half:
+            self.encoder(tensors, keep, per_row=[len(row) for row in rows])
+        with half:  # anew, so that its copies of the weights that have read are gone
             factors = self.hypernet.generate(self.hypernet.assemble(read))
         if torch.is_grad_enabled():
             return factors
