@@ -98,9 +98,9 @@ class Reading:
                 factors = _full_rank_factors(total, self._full_rank)
                 factors = factors.map(lambda t: t.to(self.model.base.model.dtype))
             else:
-                where = [(g, k) for g, part in enumerate(self._parts) for k in range(part.n_chunks)]
-                if len(self._parts) > 1:
-                    self._parts = [ChunkLora.pick(self._parts, where)]
+                if len(self._parts) > 1:  # held once, not here and there
+                    at = [(g, k) for g, p in enumerate(self._parts) for k in range(p.n_chunks)]
+                    self._parts = [ChunkLora.pick(self._parts, at)]
                 (factors,) = self._parts
             rows = self._full_rank if self._dense else n_rows
             title, folded = self.title or "untitled", bool(self._dense)

@@ -10,6 +10,7 @@ from tiny_models import SMALL, adapters, doc_to_lora, hypernet_config, language_
 
 from d2l.config import LoraConfig
 from d2l.hypernet import CopyPath, Hypernet, TargetShapes
+from d2l.meter import LiveTensors
 from d2l.ridge import apart
 
 TARGETS = TargetShapes(
@@ -216,6 +217,17 @@ def test_the_copy_path_adds_to_both_factors_and_starts_at_zero():
         assert (before.B[m] - after.B[m]).abs().max() > 1e-3
     loras = adapters(doc_to_lora(trained=False, d_copy=6), [1, 2])
     assert not loras.delta_W(1, 2, "down_proj").any()
+
+
+def test_factors_are_written_in_less_than_twice_their_memory():
+    config = hypernet_config(target_modules=("down_proj",), rank=4, d_copy=6)
+    built = Hypernet(config, TargetShapes((0, 1, 2), {"down_proj": 400}, {"down_proj": 100}), 16)
+    embeddings = torch.randn(32, 3, 1, 4, SMALL.d_latent + 6)
+    with torch.no_grad(), LiveTensors() as live:
+        factors = built.generate(embeddings)
+    written = sum(t.nbytes for t in (*factors.A.values(), *factors.B.values()))
+    assert written == 32 * 3 * 4 * 500 * 4
+    assert written < live.peak < 2 * written
 
 
 def saying(d_copy=6) -> tuple[Hypernet, torch.Tensor, Segments]:
